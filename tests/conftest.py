@@ -1,0 +1,107 @@
+"""Fixtures shared by the tests: the three scripts as modules, tiny runs of them, and small files of real images."""
+
+import importlib
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+SCRIPTS = ("gan", "dcgan", "acgan")
+TINY = [
+    "--img_size",
+    "16",
+    "--ngf",
+    "4",
+    "--ndf",
+    "4",
+    "--nz",
+    "8",
+    "--max_images",
+    "64",
+    "--batch_size",
+    "8",
+    "--device",
+    "cpu",
+    "--precision",
+    "fp32",
+    "--log_interval",
+    "1",
+    "--workers",
+    "0",
+]
+
+
+@pytest.fixture(params=SCRIPTS)
+def script(request):
+    """Each of the three scripts in turn, as a module."""
+    return importlib.import_module(request.param)
+
+
+@pytest.fixture(autouse=True)
+def in_tmp_path(tmp_path, monkeypatch):
+    """Every test works in an empty folder of its own."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+
+
+@pytest.fixture
+def data_dir():
+    """Real data sets (MNIST/raw, cifar10_train.zip) where there are any."""
+    folder = os.environ.get("GAN_DATA_DIR")
+    if not folder:
+        pytest.skip("GAN_DATA_DIR names no folder of real data sets")
+    return Path(folder).resolve()
+
+
+def train(script, *argv, out="run"):
+    """A tiny run in this process. Returns its last checkpoint."""
+    script.train(script.get_args([*TINY, "--out_dir", out, *map(str, argv)]))
+    return script.load_checkpoint(f"{out}/checkpoint.pt", script.SCRIPT)
+
+
+def command(script, *argv, **kwargs):
+    """The script as a user starts it, in a process of its own."""
+    return subprocess.run(
+        [sys.executable, str(ROOT / f"{script}.py"), *map(str, argv)],
+        text=True,
+        capture_output=True,
+        timeout=300,
+        check=False,
+        **kwargs,
+    )
+
+
+def error_of(capfd, call, *args):
+    """The one line with which `call` ends the program."""
+    capfd.readouterr()
+    with pytest.raises(SystemExit) as e:
+        call(*args)
+    if isinstance(e.value.code, int):
+        assert e.value.code != 0
+        message = capfd.readouterr().err
+    else:
+        message = e.value.code  # Python prints it on stderr and exits with 1
+    assert message.strip().count("\n") == 0, message
+    return message
+
+
+def picture(i, size=(20, 20), mode="RGB"):
+    rng = np.random.default_rng(i)
+    return Image.fromarray(rng.integers(0, 256, (*size[::-1], 3), dtype=np.uint8)).convert(mode)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Two class folders, cat and dog, of 12 pictures each, 20x20 RGB."""
+    for k, name in enumerate(("cat", "dog")):
+        (tmp_path / "pets" / name).mkdir(parents=True)
+        for i in range(12):
+            picture(100 * k + i).save(tmp_path / "pets" / name / f"{i:03d}.png")
+    return tmp_path / "pets"

@@ -1,0 +1,137 @@
+"""A user's mistake: one line that names the flag or file and the way out, exit code not 0, no traceback."""
+
+import os
+import zipfile
+
+import pytest
+import torch
+from conftest import TINY, command, error_of, train
+
+import dcgan
+import gan
+
+
+def run(script, *argv):
+    args = script.get_args([*TINY, *map(str, argv)])
+    script.sample(args) if args.sample else script.train(args)
+
+
+def messages(script, capfd, *argv):
+    return error_of(capfd, run, script, *argv)
+
+
+@pytest.mark.parametrize(
+    ("argv", "expected"),
+    [
+        (["--dataset", "mnits"], "mnits: no such folder or .zip, and not one of digits, mnist"),
+        (["--dataset", "no/such/path"], "--dataset no/such/path"),
+        (["--dataset", "empty"], "empty: no images in it"),
+        (["--dataset", "text.zip"], "text.zip: cannot be read as a zip file"),
+        (["--dataset", "hollow.zip"], "hollow.zip: no images in it"),
+        (["--dataset", "broken"], "none of 2 images can be read"),
+        (["--batch_size", "65"], "--batch_size 65"),
+        (["--batch_size", "0"], "--batch_size: 0 is not between 1"),
+        (["--lr", "fast"], "--lr: invalid float value: 'fast'"),
+        (["--dropout", "1.5"], "--dropout"),
+        (["--epocs", "3"], "--epocs"),
+        (["--device", "cuda:7"], "--device cuda:7"),
+        (["--device", "gpu"], "--device gpu: not one of"),
+        (["--loss", "hinge", "--real_label", "0.9"], "--real_label"),
+        (["--interpolate", "--walk_dim", "1"], "choose one"),
+        (["--resume"], "--resume: no checkpoint in runs/"),
+        (["--resume", "missing.pt"], "missing.pt: no such file"),
+        (["--sample", "missing.pt"], "missing.pt: no such file"),
+        (["--sample", "truncated.pt"], "truncated.pt: cannot be read"),
+        (["--sample", "noise.pt"], "noise.pt"),
+        (["--sample", "empty.pt"], "empty.pt"),
+        (["--sample", "other.pt"], "other.pt: no generator of"),
+        (["--sample", "tensor.pt"], "tensor.pt: no generator of"),
+        (["--resume", "other.pt"], "other.pt"),
+        (["--out_dir", "file.txt"], "--out_dir file.txt"),
+    ],
+)
+def test_message(script, argv, expected, capfd):
+    os.makedirs("empty")
+    os.makedirs("broken")
+    for name in ("broken/a.png", "broken/b.jpg", "text.zip", "file.txt", "noise.pt"):
+        with open(name, "w") as f:
+            f.write("hello")
+    with zipfile.ZipFile("hollow.zip", "w") as z:
+        z.writestr("readme.txt", "no pictures")
+    torch.save({"script": "x", "netG": torch.zeros(10000)}, "truncated.pt")
+    with open("truncated.pt", "r+b") as f:
+        f.truncate(9000)
+    open("empty.pt", "w").close()
+    torch.save({"weights": torch.zeros(3)}, "other.pt")
+    torch.save(torch.zeros(3), "tensor.pt")
+    if script.SCRIPT == "acgan" and "broken" in argv:
+        expected = "no labels in it"
+    assert expected in messages(script, capfd, *argv)
+
+
+@pytest.mark.parametrize(
+    ("argv", "expected"),
+    [
+        (["--out", "x.jpg"], "--out x.jpg: give a .png, an .npz or a folder/"),
+        (["--interpolate", "--out", "x.png"], "give a .gif"),
+        (["--walk_dim", "8"], "--walk_dim 8: this generator's latents have coordinates 0 to 7"),
+        (["--out", "file.txt/x.png"], "--out file.txt/x.png: cannot be written"),
+        (["--out", "/proc/x.npz"], "--out /proc/x.npz: cannot be written"),
+    ],
+)
+def test_sampling_message(script, argv, expected, capfd):
+    train(script, "--max_steps", 1)
+    open("file.txt", "w").close()
+    assert expected in messages(script, capfd, "--sample", "run/checkpoint.pt", *argv)
+
+
+def test_checkpoint_of_another_script(capfd):
+    train(gan, "--max_steps", 1)
+    assert "gan.py wrote it" in error_of(capfd, dcgan.get_args, ["--resume", "run/checkpoint.pt"])
+    assert "written by gan.py" in error_of(capfd, dcgan.load_generator, "run/checkpoint.pt")
+
+
+def test_tampered_checkpoint(script, capfd):
+    ckpt = train(script, "--max_steps", 1)
+    for part in ("netD", "optG", "step"):
+        torch.save({k: v for k, v in ckpt.items() if k != part}, "less.pt")
+        assert "less.pt" in messages(script, capfd, "--resume", "less.pt")
+    torch.save({k: v for k, v in ckpt.items() if k != "args"}, "less.pt")
+    assert "less.pt" in messages(script, capfd, "--resume", "less.pt")
+    torch.save({**ckpt, "netG_ema": {}}, "less.pt")
+    assert "less.pt" in messages(script, capfd, "--sample", "less.pt")
+    torch.save({"script": script.SCRIPT}, "less.pt")
+    assert "less.pt" in messages(script, capfd, "--sample", "less.pt")
+
+
+def test_finished_run_says_so(script, capfd):
+    train(script, "--epochs", 1)
+    assert "its 1 epochs are done; go on with --epochs" in messages(
+        script, capfd, "--resume", "run/checkpoint.pt", "--epochs", 1
+    )
+
+
+def test_run_is_never_overwritten(script, capfd):
+    train(script, "--max_steps", 1)
+    assert "--out_dir run: there is a run in it" in messages(script, capfd, "--out_dir", "run")
+
+
+def test_sizes_the_net_cannot_make(capfd):
+    assert "--img_size 48" in messages(dcgan, capfd, "--img_size", 48)
+    assert "--img_size 0" in messages(gan, capfd, "--img_size", 0)
+
+
+def test_acgan_needs_labels(folder, capfd):
+    import acgan
+
+    assert "one folder per class" in messages(acgan, capfd, "--dataset", folder / "cat")
+
+
+@pytest.mark.parametrize("name", ["gan", "dcgan", "acgan"])
+def test_as_a_user_sees_it(name):
+    for argv, code in ((["--dataset", "nowhere"], 1), (["--lr", "fast"], 2), (["--sample", "nothing.pt"], 1)):
+        done = command(name, *argv)
+        assert done.returncode == code
+        assert done.stdout == ""
+        assert done.stderr.count("\n") == 1
+        assert done.stderr.startswith(f"{name}.py: error: ")

@@ -1,0 +1,439 @@
+"""Training: nothing lost, every flag does what it says, several processes agree."""
+
+import importlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT, SCRIPTS, TINY, command, error_of, train
+from PIL import Image
+
+import dcgan
+
+STATE = ("netG", "netD", "netG_ema", "optG", "optD", "replay", "epoch", "position", "step")
+
+
+def assert_same(a, b, path=""):
+    """Equal bit for bit, through dicts, lists and tensors."""
+    if isinstance(a, torch.Tensor):
+        assert torch.equal(a, b), path
+    elif isinstance(a, dict):
+        assert a.keys() == b.keys(), path
+        for k in a:
+            assert_same(a[k], b[k], f"{path}.{k}")
+    elif isinstance(a, (list, tuple)):
+        assert len(a) == len(b), path
+        for i, (x, y) in enumerate(zip(a, b)):
+            assert_same(x, y, f"{path}[{i}]")
+    else:
+        assert a == b, path
+
+
+def rows(out):
+    return [json.loads(line) for line in open(f"{out}/log.jsonl")]
+
+
+TRICKS = [
+    "--hflip",
+    "--dropout",
+    "0.3",
+    "--replay",
+    "0.5",
+    "--lr_decay",
+    "linear",
+    "--gp",
+    "interpolate",
+    "--d_steps",
+    "2",
+]
+
+
+@pytest.mark.parametrize(
+    "extra", [[], TRICKS, ["--sn", "--loss", "hinge", "--optim_d", "rmsprop", "--precision", "bf16"]]
+)
+def test_resume_is_bit_for_bit(script, extra):
+    """8 steps an epoch: 21 steps in one go, and stopped at 11, in the middle of the second epoch."""
+    whole = train(script, "--epochs", 3, "--max_steps", 21, *extra, out="whole")
+    first = train(script, "--epochs", 3, "--max_steps", 11, *extra, out="parts")
+    assert (first["epoch"], first["position"], first["step"]) == (1, 24, 11)
+    script.train(script.get_args(["--resume", "--out_dir", "parts", "--max_steps", "21"]))
+    parts = script.load_checkpoint("parts/checkpoint.pt")
+    assert parts["step"] == 21
+    for part in STATE:
+        assert_same(whole[part], parts[part], part)
+    assert not torch.equal(next(iter(first["netG"].values())), next(iter(parts["netG"].values())))
+
+
+def test_resume_goes_on_and_may_change_epochs_and_lr(script, capsys):
+    train(script, "--epochs", 1, "--lr", 1e-3)
+    script.train(script.get_args(["--resume", "run/checkpoint.pt", "--epochs", "2", "--lr_g", "0.5", "--lr_d", "0"]))
+    ckpt = script.load_checkpoint("run/checkpoint.pt")
+    assert (ckpt["epoch"], ckpt["step"], ckpt["args"]["ngf"]) == (2, 16, 4)
+    assert [r["lr_g"] for r in rows("run")] == [1e-3] * 8 + [0.5] * 8
+    assert "16/16" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("flag", "value"), [("ngf", 8), ("ndf", 8), ("nz", 9), ("img_size", 32), ("nc", 3), ("optim_g", "rmsprop")]
+)
+def test_resume_refuses_other_nets_by_flag(script, flag, value, capfd):
+    train(script, "--max_steps", 1)
+    message = error_of(capfd, script.get_args, ["--resume", "run/checkpoint.pt", f"--{flag}", str(value)])
+    assert f"--{flag} {value}" in message
+
+
+def test_newest_checkpoint_of_default_folders(script):
+    for seed in (1, 2):
+        script.train(script.get_args([*TINY, "--max_steps", "1", "--seed", str(seed)]))
+    assert sorted(os.listdir("runs")) == [f"{script.SCRIPT}-digits", f"{script.SCRIPT}-digits-2"]  # none overwritten
+    args = script.get_args(["--resume"])
+    assert (args.out_dir, args.seed) == (f"runs/{script.SCRIPT}-digits-2", 2)
+
+
+def test_run_leaves_what_it_promises(script):
+    ckpt = train(script, "--epochs", 3, "--keep_every", 1, "--tensorboard", "--sample_interval", 4)
+    assert sorted(f for f in os.listdir("run") if f.endswith(".pt")) == [
+        "checkpoint.pt",
+        *(f"checkpoint_epoch_{e:04d}.pt" for e in (1, 2, 3)),
+    ]
+    assert sorted(os.listdir("run/samples")) == ["real.png", *(f"step_{s:08d}.png" for s in range(4, 25, 4))]
+    with Image.open("run/samples.gif") as gif:
+        assert gif.n_frames == 6
+    log = rows("run")
+    assert [r["step"] for r in log] == list(range(1, 25))
+    assert log[-1]["epoch"] == 3
+    keys = {"step", "epoch", "time", "lr_g", "lr_d", "loss_d", "loss_g", "D(x)", "D(G(z))", "images/s"}
+    assert set(log[0]) == keys | ({"acc_real", "acc_fake"} if script.SCRIPT == "acgan" else set())
+    assert all(0 < r["D(x)"] < 1 and r["images/s"] > 0 for r in log)
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator("run", {"images": 0, "scalars": 0}).Reload()
+    assert {"loss_d", "loss_g", "D(x)"} <= set(events.Tags()["scalars"])
+    assert len(events.Images("samples")) == 6
+    assert (ckpt["script"], ckpt["classes"]) == (script.SCRIPT, [str(d) for d in range(10)])
+    assert not [f for f in os.listdir("run") if f.endswith(".tmp")]
+    torch.load("run/checkpoint.pt", weights_only=True)
+
+
+def test_same_seed_same_run_other_seed_other_run(script):
+    a, b, c = (train(script, "--max_steps", 3, "--seed", s, out=f"run{i}") for i, s in enumerate((5, 5, 6)))
+    assert_same(a["netG"], b["netG"])
+    assert not torch.equal(next(iter(a["netG"].values())), next(iter(c["netG"].values())))
+
+
+def test_ema(script):
+    """--ema 0 samples netG itself; 0.999 an average that is another net and starts quickly (warm-up)."""
+    raw = train(script, "--max_steps", 3, "--ema", 0, out="raw")
+    for key in (k for k, v in raw["netG"].items() if v.is_floating_point()):
+        assert torch.equal(raw["netG_ema"][key], raw["netG"][key])
+    ema = train(script, "--max_steps", 3, out="ema")
+    assert_same(ema["netG"], raw["netG"])
+    assert not torch.equal(next(iter(ema["netG"].values())), next(iter(ema["netG_ema"].values())))
+
+
+def test_d_steps_and_pretrain_d_hold_netG_still(script):
+    torch.manual_seed(0)
+    start = train(script, "--max_steps", 1, "--lr_g", 0, "--lr_d", 0, out="start")["netG"]
+    key = "main.0.weight"
+    pre = train(script, "--max_steps", 5, "--pretrain_d", 5, out="pre")
+    assert torch.equal(pre["netG"][key], start[key])
+    assert not torch.equal(train(script, "--max_steps", 6, "--pretrain_d", 5, out="six")["netG"][key], start[key])
+    ckpt = train(script, "--max_steps", 6, "--d_steps", 3, out="three")
+    assert {int(s["step"]) for s in ckpt["optG"]["state"].values()} == {2}
+    assert {int(s["step"]) for s in ckpt["optD"]["state"].values()} == {6}
+
+
+def test_optimizers_and_rates(script):
+    ckpt = train(script, "--max_steps", 1, "--optim_g", "rmsprop", "--lr_g", 0.125, "--lr_d", 0.25, "--beta1", 0.25)
+    assert "square_avg" in ckpt["optG"]["state"][0]
+    assert "exp_avg" in ckpt["optD"]["state"][0]
+    assert (ckpt["optG"]["param_groups"][0]["lr"], ckpt["optD"]["param_groups"][0]["lr"]) == (0.125, 0.25)
+    assert ckpt["optD"]["param_groups"][0]["betas"] == (0.25, 0.999)
+
+
+@pytest.mark.parametrize(
+    ("decay", "expected"),
+    [
+        ("none", [1] * 8),
+        ("linear", [1 - k / 8 for k in range(8)]),
+        ("step", [1, 1, 0.5, 0.5, 0.25, 0.25, 0.125, 0.125]),
+    ],
+)
+def test_lr_decay_runs_over_the_whole_run(script, decay, expected):
+    train(script, "--epochs", 1, "--lr_decay", decay, "--lr", 1e-3)
+    assert [r["lr_d"] * 1e3 for r in rows("run")] == pytest.approx(expected)
+
+
+@pytest.mark.parametrize(
+    "extra",
+    [
+        ["--real_label", "0.9"],
+        ["--fake_label", "0.1"],
+        ["--dropout", "0.5"],
+        ["--gp", "r1"],
+        ["--gp", "interpolate"],
+        ["--replay", "0.5"],
+        ["--sn"],
+        ["--loss", "hinge"],
+        ["--init", "he"],
+        ["--init", "xavier"],
+        ["--hflip"],
+        ["--gp", "r1", "--gp_weight", "1"],
+    ],
+)
+def test_each_trick_changes_the_run(script, extra):
+    """Ten steps (--replay's history is full after eight): other weights of netD than without the flag."""
+    base = ["--gp", "r1"] if "--gp_weight" in extra else []
+    steps = ["--max_steps", 10, "--epochs", 2]
+    plain, trick = train(script, *steps, *base, out="plain"), train(script, *steps, *extra, out="trick")
+    key = next(k for k in trick["netD"] if k.startswith("main.0") and k.endswith(("weight", "original")))
+    assert not torch.equal(trick["netD"][key], next(v for k, v in plain["netD"].items() if k == "main.0.weight"))
+    assert all(np.isfinite(r["loss_d"]) for r in rows("trick"))
+
+
+def test_pretrain_aux_trains_a_classifier_first():
+    acgan = importlib.import_module("acgan")
+    ckpt = train(acgan, "--epochs", 4, "--pretrain_aux", 3, "--max_steps", 24, "--lr", 0.02, "--ndf", 16, out="aux")
+    log = rows("aux")
+    assert ckpt["optG"]["state"] == {}  # netG has not moved
+    assert np.mean([r["acc_real"] for r in log[-4:]]) > np.mean([r["acc_real"] for r in log[:4]]) + 0.2
+    assert log[-1]["loss_d"] < log[0]["loss_d"]
+    assert {int(s["step"]) for s in train(acgan, "--epochs", 2, "--pretrain_aux", 1)["optG"]["state"].values()} == {8}
+
+
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
+def test_signals_save_and_say_how_to_go_on(signum):
+    argv = [sys.executable, "-u", str(ROOT / "dcgan.py"), *TINY, "--epochs", "100000", "--out_dir", "run"]
+    p = subprocess.Popen(argv, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    deadline = time.time() + 120
+    while not (os.path.exists("run/log.jsonl") and len(rows("run")) > 3) and time.time() < deadline:
+        time.sleep(0.1)
+    p.send_signal(signum)
+    out, err = p.communicate(timeout=60)
+    assert p.returncode == 128 + signum
+    assert "Traceback" not in err
+    assert "--resume run/checkpoint.pt" in out
+    step = dcgan.load_checkpoint("run/checkpoint.pt")["step"]
+    assert step == rows("run")[-1]["step"]
+    dcgan.train(dcgan.get_args(["--resume", "run/checkpoint.pt", "--max_steps", str(step + 2)]))
+    assert dcgan.load_checkpoint("run/checkpoint.pt")["step"] == step + 2
+
+
+def test_kill_9_leaves_a_checkpoint_that_loads():
+    argv = [
+        sys.executable,
+        str(ROOT / "gan.py"),
+        *TINY,
+        "--epochs",
+        "100000",
+        "--out_dir",
+        "run",
+        "--save_interval",
+        "1",
+    ]
+    p = subprocess.Popen(argv, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    deadline = time.time() + 120
+    for k in range(5):  # at any moment: while it saves after every step
+        while not os.path.exists("run/checkpoint.pt") and time.time() < deadline:
+            time.sleep(0.05)
+        time.sleep(0.0371 * k)
+        p.kill()
+        p.wait()
+        gan = importlib.import_module("gan")
+        before = gan.load_checkpoint("run/checkpoint.pt", "gan")["step"]
+        p = subprocess.Popen([*argv, "--resume"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        while (
+            gan.load_checkpoint("run/checkpoint.pt")["step"] <= before and p.poll() is None and time.time() < deadline
+        ):
+            time.sleep(0.02)
+        assert p.poll() is None
+    p.kill()
+    p.wait()
+
+
+def test_divergence_stops_and_keeps_the_last_good_state(script, capfd):
+    good = train(script, "--max_steps", 2)
+    message = error_of(
+        capfd,
+        lambda: script.train(
+            script.get_args(
+                ["--resume", "run/checkpoint.pt", "--lr", "1e30", "--max_steps", "8", "--save_interval", "1"]
+            )
+        ),
+    )
+    assert "not finite" in message
+    assert "--lr" in message
+    assert "run/checkpoint.pt" in message
+    left = script.load_checkpoint("run/checkpoint.pt")
+    assert all(t.isfinite().all() for t in left["netG"].values())
+    assert left["step"] >= good["step"]
+
+
+def test_disk_full_keeps_the_old_checkpoint(script, capfd, monkeypatch):
+    old = train(script, "--max_steps", 2)
+    args = script.get_args(["--resume", "run/checkpoint.pt", "--max_steps", "4"])
+    real_open = open
+
+    def open_full(file, mode="r", *rest, **kwargs):
+        if "checkpoint.pt" in str(file) and "w" in mode:
+            return real_open("/dev/full", mode, *rest, **kwargs)
+        return real_open(file, mode, *rest, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(script, "open", open_full, raising=False)
+        message = error_of(capfd, script.train, args)
+    assert "run/checkpoint.pt: cannot be saved" in message
+    assert "No space left" in message
+    assert_same(script.load_checkpoint("run/checkpoint.pt")["netG"], old["netG"])
+
+
+def test_two_processes(script):
+    """Equal weights everywhere, disjoint shards that cover the epoch, one writer."""
+    env = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")} | {
+        "OMP_NUM_THREADS": "1"
+    }
+    code = f"""
+import os, sys, torch, torch.distributed as dist
+sys.path.insert(0, {str(ROOT)!r})
+import {script.SCRIPT} as script
+seen, original = [], script.to_float
+script.to_float = lambda images, device: (seen.append(images.clone()), original(images, device))[1]
+destroy = dist.destroy_process_group
+def check():
+    import gc
+    nets = [m for m in gc.get_objects() if type(m) in (script.Generator, script.Discriminator)]
+    sums = torch.cat([p.detach().flatten().double() for m in nets for p in m.parameters()])
+    both = [torch.zeros_like(sums) for _ in range(2)]
+    dist.all_gather(both, sums)
+    assert torch.equal(*both), "weights differ between the processes"
+    keys = {{t.numpy().tobytes() for images in seen for t in images}}
+    every = [None, None]
+    dist.all_gather_object(every, keys)
+    assert len(every[0]) == len(every[1]) == 32 and not every[0] & every[1], "shards overlap"
+    print("checked", flush=True)
+    destroy()
+dist.destroy_process_group = check
+script.train(script.get_args(sys.argv[1:]))
+"""
+    with open("check.py", "w") as f:
+        f.write(code)
+    flags = [*TINY, "--epochs", "1", "--out_dir", "run", "--gp", "r1", "--replay", "0.5"]
+    done = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "check.py", *flags],
+        env=env,
+        text=True,
+        capture_output=True,
+        timeout=300,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.count("checked") == 2
+    assert [r["step"] for r in rows("run")] == [1, 2, 3, 4]
+    ckpt = script.load_checkpoint("run/checkpoint.pt")
+    assert (ckpt["epoch"], ckpt["step"]) == (1, 4)
+    script.train(script.get_args(["--resume", "run/checkpoint.pt", "--epochs", "2"]))  # and on to one process
+    assert script.load_checkpoint("run/checkpoint.pt")["step"] == 12
+
+
+def test_two_processes_stop_together():
+    argv = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc_per_node",
+        "2",
+        str(ROOT / "gan.py"),
+        *TINY,
+        "--epochs",
+        "100000",
+        "--out_dir",
+        "run",
+    ]
+    p = subprocess.Popen(argv, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    deadline = time.time() + 120
+    while not (os.path.exists("run/log.jsonl") and len(rows("run")) > 3) and time.time() < deadline:
+        time.sleep(0.1)
+    p.terminate()
+    out, _ = p.communicate(timeout=60)
+    assert "go on with" in out
+    assert dcgan.load_checkpoint("run/checkpoint.pt")["step"] >= 4
+
+
+def test_readme_tricks_recipe():
+    """The training-tricks article's command, cut short, as a user types it."""
+    done = command(
+        "dcgan",
+        "--max_images",
+        400,
+        "--max_steps",
+        4,
+        "--pretrain_d",
+        2,
+        "--img_size",
+        64,
+        "--optim_g",
+        "rmsprop",
+        "--init",
+        "he",
+        "--lr_decay",
+        "step",
+        "--gp",
+        "r1",
+        "--gp_weight",
+        1,
+        "--replay",
+        0.5,
+        "--d_steps",
+        2,
+        "--ngf",
+        8,
+        "--ndf",
+        8,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "runs/dcgan-digits/checkpoint.pt" in done.stdout
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_real_mnist_trains(name, data_dir):
+    script = importlib.import_module(name)
+    script.train(
+        script.get_args(
+            [
+                "--dataset",
+                "mnist",
+                "--data_dir",
+                str(data_dir),
+                "--max_images",
+                "512",
+                "--ngf",
+                "16",
+                "--ndf",
+                "16",
+                "--epochs",
+                "2",
+                "--out_dir",
+                "run",
+                "--log_interval",
+                "1",
+            ]
+        )
+    )
+    log = rows("run")
+    assert log[-1]["D(x)"] > log[-1]["D(G(z))"]
+    assert log[-1]["loss_d"] < log[0]["loss_d"]
+
+
+@pytest.mark.parametrize("name", ["dcgan", "acgan"])
+def test_real_cifar10_zip_trains(name, data_dir):
+    script = importlib.import_module(name)
+    ckpt = train(script, "--dataset", data_dir / "cifar10_train.zip", "--img_size", 32, "--max_steps", 3, out="run")
+    assert len(ckpt["classes"]) == 10
+    assert ckpt["config"]["nc"] == 3
