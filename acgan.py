@@ -24,7 +24,6 @@ import math
 import os
 import pickle
 import signal
-import struct
 import sys
 import tempfile
 import time
@@ -53,12 +52,10 @@ DATASETS = {
     "cifar10": (32, 3, True),
     "celeba": (64, 3, True),
 }
-# What Pillow, zipfile and the decoders below them raise on damaged files.
-UNREADABLE = (OSError, EOFError, ValueError, TypeError, SyntaxError, KeyError, IndexError, RuntimeError, OverflowError,
-              MemoryError, struct.error, zlib.error, zipfile.BadZipFile, Image.DecompressionBombError)
 CHECKPOINT_KEYS = {"script", "args", "config", "classes", "netG", "netD", "netG_ema", "optG", "optD", "replay", "epoch",
                    "position", "step"}
-FIXED_BY_CHECKPOINT = ("nz", "ngf", "ndf", "nc", "img_size", "sn", "optim_g", "optim_d")  # --resume cannot change these
+# What --resume cannot change.
+FIXED_BY_CHECKPOINT = ("nz", "ngf", "ndf", "nc", "img_size", "sn", "optim_g", "optim_d", "beta1", "beta2")
 
 
 def one_line(e):
@@ -67,8 +64,9 @@ def one_line(e):
 
 
 def fail(message):
-    """Ends the program with one line for the user, exit code 1 and no traceback."""
-    raise SystemExit(f"{SCRIPT}.py: error: {message}")
+    """Ends the program with one line for the user: exit code 2 if the message begins with a flag, 1 otherwise."""
+    print(f"{SCRIPT}.py: error: {message}", file=sys.stderr)
+    sys.exit(2 if message.startswith("--") else 1)
 
 
 # ---------------------------------------------------------------------------------------------------- arguments
@@ -81,7 +79,7 @@ class ArgumentParser(argparse.ArgumentParser):
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
     def _get_help_string(self, action):  # "(default: None)" helps nobody
-        return action.help if action.default in (None, False) else super()._get_help_string(action)
+        return action.help if action.default is None or action.default is False else super()._get_help_string(action)
 
 
 def number(kind, low, high=math.inf):
@@ -108,7 +106,7 @@ def get_args(argv=None):
     g.add_argument("--data_dir", default="./data", help="where data sets are found, downloaded and cached")
     g.add_argument("--img_size", type=int, help="height and width of the pictures (default: by data set)")
     g.add_argument("--nc", type=int, choices=(1, 3), help="channels: 1 grey, 3 RGB (default: by data set)")
-    g.add_argument("--max_images", type=number(int, 1), help="use a random subset of at most this many")
+    g.add_argument("--max_images", type=number(int, 1), help="a random subset of this many; digits: draw this many")
     g.add_argument("--hflip", action=argparse.BooleanOptionalAction,
                    help="flip real images at random (default: for celeba and cifar10)")
     g.add_argument("--attr", nargs="+", metavar="NAME", help="classes of celeba: every combination of these attributes")
@@ -131,12 +129,12 @@ def get_args(argv=None):
     g.add_argument("--lr", type=number(float, 0), default=2e-4, help="learning rate of both nets")
     g.add_argument("--lr_g", type=number(float, 0), help="learning rate of netG (default: --lr)")
     g.add_argument("--lr_d", type=number(float, 0), help="learning rate of netD (default: --lr)")
-    g.add_argument("--beta1", type=number(float, 0, 1), default=0.5, help="Adam's first-moment decay")
-    g.add_argument("--beta2", type=number(float, 0, 1), default=0.999, help="Adam's second-moment decay")
+    g.add_argument("--beta1", type=number(float, 0, 0.9999), default=0.5, help="Adam's first-moment decay")
+    g.add_argument("--beta2", type=number(float, 0, 0.9999), default=0.999, help="Adam's second-moment decay")
     g.add_argument("--optim_g", choices=("adam", "rmsprop"), default="adam", help="optimizer of netG")
     g.add_argument("--optim_d", choices=("adam", "rmsprop"), default="adam", help="optimizer of netD")
     g.add_argument("--lr_decay", choices=("none", "linear", "step"), default="none",
-                   help="linear: to 0 over the run; step: halved after each quarter of it")
+                   help="over --epochs; linear: to 0; step: halved after each quarter")
     g.add_argument("--real_label", type=number(float, 0, 1), default=1.0, help="netD's target for real (0.9: smoothed)")
     g.add_argument("--fake_label", type=number(float, 0, 1), default=0.0, help="netD's target for fake (0.1: smoothed)")
     g.add_argument("--d_steps", type=number(int, 1), default=1, help="netD steps, each on new images, for a netG step")
@@ -166,8 +164,8 @@ def get_args(argv=None):
     g = p.add_argument_group("sampling")
     g.add_argument("--sample", metavar="CHECKPOINT", help="generate instead of training; needs no other flag")
     g.add_argument("--n_samples", type=number(int, 1), help="pictures (default: a grid of 10 of each class)")
-    g.add_argument("--labels", default="all", help="classes in turn, by number or name: 0,3,7 or cat,dog, or all")
-    g.add_argument("--out", metavar="FILE.png|FILE.npz|FILE.gif|FOLDER/", help="(default: named after the checkpoint)")
+    g.add_argument("--labels", help="classes in turn, by number or name: 0,3,7 or cat,dog (default: all)")
+    g.add_argument("--out", metavar="FILE.png|FILE.npz|FILE.gif|FOLDER/", help="(default: beside the checkpoint)")
     g.add_argument("--weights", choices=("ema", "raw"), default="ema", help="the average of netG, or its last state")
     g.add_argument("--interpolate", type=number(int, 2), nargs="?", const=60, metavar="FRAMES",
                    help="GIF of a closed spherical walk between latents (60 frames)")
@@ -175,16 +173,24 @@ def get_args(argv=None):
     g.add_argument("--walk_step", type=float, default=0.01, help="how far --walk_dim goes from picture to picture")
 
     args = p.parse_args(argv)
+    if args.attr and args.dataset != "celeba":
+        p.error("--attr picks classes of --dataset celeba")
+    if args.pretrain_aux >= args.epochs:
+        p.error(f"--pretrain_aux {args.pretrain_aux}: leaves netG nothing of --epochs {args.epochs}")
+    if args.sample and args.resume:
+        p.error("--sample generates and --resume trains; choose one")
+    for flag in ("n_samples", "out", "interpolate", "walk_dim", "labels"):
+        if getattr(args, flag) is not None and not args.sample:
+            p.error(f"--{flag} goes with --sample CHECKPOINT")
     if args.resume:
-        args.resume = newest_checkpoint(args.out_dir) if args.resume == "newest" else args.resume
-        saved = load_checkpoint(args.resume, SCRIPT)["args"]
+        path = newest_checkpoint(args.out_dir) if args.resume == "newest" else args.resume
+        saved = load_checkpoint(path, SCRIPT)["args"]
         saved = {k: v for k, v in saved.items() if k not in ("resume", "out_dir", "max_steps")}
         args = p.parse_args(argv, argparse.Namespace(**saved))
-        args.resume = newest_checkpoint(args.out_dir) if args.resume == "newest" else args.resume
-        args.out_dir = args.out_dir or str(Path(args.resume).parent)
+        args.resume, args.out_dir = path, args.out_dir or str(Path(path).parent)
         for flag in FIXED_BY_CHECKPOINT:
-            if getattr(args, flag) != saved[flag]:
-                p.error(f"--{flag} {getattr(args, flag)}: {args.resume} was trained with {saved[flag]}, "
+            if getattr(args, flag) != saved.get(flag):
+                p.error(f"--{flag} {getattr(args, flag)}: {path} was trained with {saved.get(flag)}, "
                         f"and --resume cannot change it; leave --{flag} out, or start a new run")
     if args.loss == "hinge" and (args.real_label, args.fake_label) != (1, 0):
         p.error("--real_label and --fake_label are targets of --loss bce; the hinge loss has none")
@@ -263,8 +269,9 @@ def weights_init(net, init="dcgan"):
     for m in net.modules():
         if isinstance(m, (nn.Conv2d, nn.ConvTranspose2d, nn.Linear)):
             weight = m.parametrizations.weight.original if hasattr(m, "parametrizations") else m.weight
-            if init == "he":
-                nn.init.kaiming_normal_(weight, a=0.2)
+            if init == "he":  # PyTorch confuses the fans of a transposed convolution
+                fan = "fan_out" if isinstance(m, nn.ConvTranspose2d) else "fan_in"
+                nn.init.kaiming_normal_(weight, a=0.2, mode=fan)
             elif init == "xavier":
                 nn.init.xavier_normal_(weight)
             else:
@@ -385,7 +392,9 @@ def draw_digit(i, size, seed=0):
 
 
 class ImageSource(torch.utils.data.Dataset):
-    """A data set before decoding. Item k: pictures 256k to 256k + 255 as uint8 (n, size, size, nc), what failed.
+    """A data set before decoding. Item k: the pixels of pictures 256k to 256k + 255, and which of them failed and why.
+
+    The pixels, uint8 (n, size, size, nc), are bytes: tensors would go through /dev/shm, which is small in containers.
 
     items: file paths, names inside the zip `archive`, uint8 arrays (H, W) or (H, W, 3), or numbers of digits to draw.
     key: changes when the content does.
@@ -420,14 +429,13 @@ class ImageSource(torch.utils.data.Dataset):
         return math.ceil(len(self.items) / 256)
 
     def __getitem__(self, k):
-        images, kept, failed = [], [], []
+        pixels, failed = [], {}
         for i in range(256 * k, min(256 * k + 256, len(self.items))):
             try:
-                images.append(self.decode(i))
-                kept.append(i)
-            except UNREADABLE as e:
-                failed.append(f"{self.items[i]}: {e}")
-        return torch.from_numpy(np.stack(images)) if images else None, kept, failed
+                pixels.append(self.decode(i).tobytes())
+            except Exception as e:  # noqa: BLE001  damaged files make Pillow and zipfile raise nearly anything
+                failed[i] = f"{self.items[i]}: {one_line(e)}"
+        return b"".join(pixels), len(pixels), failed
 
 
 def folder_source(path):
@@ -451,8 +459,9 @@ def folder_source(path):
                    and not any(part.startswith((".", "__MACOSX")) for part in PurePosixPath(n).parts))
     if not names:
         fail(f"--dataset {path}: no images in it (Pillow reads {' '.join(sorted(known)[:60:6])} and others)")
-    depth = len(PurePosixPath(os.path.commonpath([str(PurePosixPath(n).parent) for n in names])).parts)
-    tops = [PurePosixPath(n).parts[depth:] for n in names]
+    parts = [PurePosixPath(n.lstrip("/")).parts for n in names]
+    depth = len(os.path.commonprefix([part[:-1] for part in parts]))  # of lists: of whole folder names
+    tops = [part[depth:] for part in parts]
     classes = sorted({t[0] for t in tops}) if all(len(t) > 1 for t in tops) else []
     number_of = {c: i for i, c in enumerate(classes)}
     labels = [number_of[t[0]] for t in tops] if classes else None
@@ -497,22 +506,23 @@ def celeba_source(data_dir, attrs=None):
         file = find_below(data_dir, ["list_attr_celeba.txt", "list_attr_celeba.csv"])
         if file is None:
             fail(f"--attr: no list_attr_celeba.txt under {data_dir}; it comes with CelebA, put it there")
-        rows = [line.replace(",", " ").split() for line in file.read_text().splitlines() if line.strip()]
-        rows = rows[1:] if len(rows[0]) == 1 else rows  # the .txt begins with the number of images
-        header = [name for name in rows[0] if name != "image_id"]
+        try:
+            rows = [line.replace(",", " ").split() for line in file.read_text().splitlines() if line.strip()]
+            rows = rows[1:] if len(rows[0]) == 1 else rows  # the .txt begins with the number of images
+            header = [name for name in rows[0] if name != "image_id"]
+            values = {row[0]: [int(v) > 0 for v in row[1:len(header) + 1]] for row in rows[1:]}
+        except (IndexError, ValueError) as e:
+            fail(f"--attr: {file} is not CelebA's table of attributes ({one_line(e)}); get it again")
         unknown = [a for a in attrs if a not in header]
         if unknown:
             fail(f"--attr {' '.join(unknown)}: not in {file}; it has {', '.join(header)}")
-        columns = [1 + header.index(a) for a in attrs]
-        values = {row[0]: [int(row[c]) > 0 for c in columns] for row in rows[1:]}
         missing = [n for n in source.items if PurePosixPath(n).name not in values]
         if missing:
             fail(f"--attr: {file} says nothing of {missing[0]} and {len(missing) - 1} others")
-        bits = [values[PurePosixPath(n).name] for n in source.items]
-        source.labels = [sum(bit << k for k, bit in enumerate(row)) for row in bits]
-        source.classes = [", ".join(("" if c >> k & 1 else "not ") + a for k, a in enumerate(attrs))
+        source.labels = [sum(values[PurePosixPath(n).name][header.index(a)] << k for k, a in enumerate(attrs))
+                         for n in source.items]
+        source.classes = [" + ".join(("" if c >> k & 1 else "not ") + a for k, a in enumerate(attrs))
                           for c in range(2 ** len(attrs))]
-        source.key += "".join(attrs)
     return source
 
 
@@ -531,13 +541,13 @@ def find_source(args):
         try:
             data = cls(args.data_dir, train=True, download=True)
         except (OSError, RuntimeError, EOFError, ValueError, pickle.UnpicklingError) as e:
-            where = "cifar-10-python.tar.gz" if name == "cifar10" else f"{cls.__name__}/raw/train-*-ubyte.gz"
+            where = "cifar-10-python.tar.gz" if name == "cifar10" else f"its four *-ubyte.gz as {cls.__name__}/raw/*"
             fail(f"--dataset {name}: missing or damaged under {args.data_dir}, and the download failed "
                  f"({one_line(e)}); put {where} there, or name another --data_dir")
         items = np.ascontiguousarray(data.data)
         key = f"{name} {zlib.crc32(items)} {zlib.crc32(np.asarray(data.targets))}"
         source = ImageSource(items, [int(t) for t in data.targets], list(map(str, data.classes)), key)
-    elif path.is_dir() or path.is_file():
+    elif name and path.exists():
         source = folder_source(path)
     else:
         fail(f"--dataset {name}: no such folder or .zip, and not one of {', '.join(DATASETS)}")
@@ -551,19 +561,19 @@ def find_source(args):
 
 
 def look_at(source):
-    """(size, nc) that suit a folder: a power of two up to 64 that most pictures fill; grey if all are."""
+    """(size, nc) that suit a folder: the power of two up to 64 next to their median side; grey if all are."""
     sides, nc = [], 1
     for i in np.random.default_rng(0).permutation(len(source.items))[:64].tolist():
-        with contextlib.suppress(*UNREADABLE):  # they are named and counted when everything is decoded
+        with contextlib.suppress(Exception):  # they are named and counted when everything is decoded
             img = source.open(i)
             sides.append(min(img.size))
             nc = nc if img.mode in ("1", "L", "LA", "I;16", "I") else 3
     side = sorted(sides)[len(sides) // 2] if sides else 64
-    return min(64, max(16, 2 ** int(math.log2(side)))), nc
+    return min(64, max(16, 2 ** round(math.log2(side)))), nc
 
 
 def open_cache(file, key):
-    """(images, meta) of a cache file, memory-mapped; None unless it is whole and made from what `key` stands for.
+    """(images, skipped) of a cache file, memory-mapped; None unless it is whole and made from what `key` stands for.
 
     The file: the pixels, a JSON text that describes them, and the length of that text in 8 bytes.
     """
@@ -575,37 +585,34 @@ def open_cache(file, key):
             meta = json.loads(f.read(length))
         if meta["key"] != key:
             return None
-        images, crc = np.memmap(file, np.uint8, "c", shape=tuple(meta["shape"])), 0
+        images, crc = np.memmap(file, np.uint8, "r", shape=tuple(meta["shape"])), 0
         for i in range(0, len(images), 4096):
             crc = zlib.crc32(images[i:i + 4096], crc)
-        return (images, meta) if crc == meta["crc"] else None
+        return (images, meta["skipped"]) if crc == meta["crc"] else None
     except (OSError, ValueError, KeyError, TypeError):
         return None
 
 
 def write_cache(f, source, key, workers, quiet):
-    """Decodes `source` into the open file `f`. Returns its description; exits if no picture can be read."""
+    """Decodes `source` into the open file `f`. Returns (shape, what was skipped); exits if none can be read."""
     loader = torch.utils.data.DataLoader(source, batch_size=None, num_workers=workers if len(source) > 4 else 0)
-    kept, failed, crc = [], [], 0
+    n, failed, crc = 0, {}, 0
     with tqdm(total=len(source.items), desc="decoding", unit="img", unit_scale=True, disable=quiet,
               dynamic_ncols=True) as bar:
-        for images, good, bad in loader:
-            if good:
-                f.write(images.numpy())
-                crc = zlib.crc32(images.numpy(), crc)
-            kept += good
-            failed += bad
-            bar.update(len(good) + len(bad))
-    if not kept:
-        fail(f"--dataset: none of {len(failed)} images can be read; the first: {failed[0]}")
-    if failed:
-        more = f"\n  ... and {len(failed) - 5} more" if len(failed) > 5 else ""
-        print(f"skipped {len(failed)} unreadable images:\n  " + "\n  ".join(failed[:5]) + more, file=sys.stderr)
-    meta = {"key": key, "shape": [len(kept), source.size, source.size, source.nc], "crc": crc, "skipped": len(failed),
-            "classes": source.classes, "labels": [source.labels[i] for i in kept] if source.labels else None}
-    text = json.dumps(meta).encode()
+        for pixels, good, bad in loader:
+            f.write(pixels)
+            crc, n, failed = zlib.crc32(pixels, crc), n + good, failed | bad
+            bar.update(good + len(bad))
+    why = list(failed.values())
+    if not n:
+        fail(f"--dataset: none of {len(why)} images can be read; the first: {why[0]}")
+    if why:
+        more = f"\n  ... and {len(why) - 5} more" if len(why) > 5 else ""
+        print(f"skipped {len(why)} unreadable images:\n  " + "\n  ".join(why[:5]) + more, file=sys.stderr)
+    shape, skipped = [n, source.size, source.size, source.nc], list(failed)
+    text = json.dumps({"key": key, "shape": shape, "crc": crc, "skipped": skipped}).encode()
     f.write(text + len(text).to_bytes(8, "little"))
-    return meta
+    return shape, skipped
 
 
 def load_data(args, quiet=False):
@@ -613,6 +620,8 @@ def load_data(args, quiet=False):
 
     Returns images, uint8 (N, H, W, C), memory-mapped; labels, int64 (N) or None; and the names of the classes.
     """
+    if args.img_size is not None:
+        check_img_size(args.img_size)
     source = find_source(args)
     if NEEDS_LABELS and not source.labels:
         fail(f"--dataset {args.dataset}: no labels in it, and {SCRIPT}.py learns from them; "
@@ -621,11 +630,10 @@ def load_data(args, quiet=False):
     args.img_size = source.size = size if args.img_size is None else args.img_size
     args.nc = source.nc = args.nc or nc
     args.hflip = hflip if args.hflip is None else args.hflip
-    check_img_size(args.img_size)
-    key = f"{source.key}, {args.img_size}x{args.nc}, format 1"
+    key = f"{source.key}, {args.img_size}x{args.nc}, format 2"
     place = args.dataset if args.dataset in DATASETS else str(Path(args.dataset).resolve())
-    identity = f"{place} {Path(args.data_dir).resolve()} {args.max_images} {getattr(args, 'attr', None)}"
-    name = f"{Path(place).stem}-{args.img_size}x{args.nc}-{zlib.crc32(identity.encode()):08x}.cache"
+    identity = zlib.crc32(f"{place} {Path(args.data_dir).resolve()} {args.max_images}".encode())
+    name = f"{Path(place).stem}-{args.img_size}x{args.nc}-{identity:08x}.cache"
     user = os.getuid() if hasattr(os, "getuid") else os.environ.get("USERNAME", "")
     folders = [Path(args.data_dir, "cache"), Path(tempfile.gettempdir(), f"gan-cache-{user}")]
     found = next((c for c in (open_cache(f / name, key) for f in folders) if c), None)
@@ -641,11 +649,10 @@ def load_data(args, quiet=False):
             print(f"no cache in {folder} ({e.strerror or e})", file=sys.stderr)
     if not found:  # no place on disk takes it
         buffer = io.BytesIO()
-        meta = write_cache(buffer, source, key, args.workers, quiet)
-        found = np.frombuffer(buffer.getbuffer(), np.uint8, math.prod(meta["shape"])).reshape(meta["shape"]), meta
-    images, meta = found
-    labels = None if meta["labels"] is None else np.array(meta["labels"], np.int64)
-    return images, labels, meta["classes"]
+        shape, skipped = write_cache(buffer, source, key, args.workers, quiet)
+        found = np.frombuffer(buffer.getbuffer(), np.uint8, math.prod(shape)).reshape(shape), skipped
+    images, skipped = found
+    return images, np.delete(np.array(source.labels, np.int64), skipped) if source.labels else None, source.classes
 
 
 def to_float(images, device):
@@ -703,7 +710,9 @@ def make_grid(images, labels=None):
 
     nrow = math.ceil(math.sqrt(len(images)))
     if labels is not None:
-        nrow, images = np.bincount(labels).max(), images[np.argsort(labels, kind="stable")]
+        nrow, blank = int(np.bincount(labels).max()), np.full_like(images, 255)
+        rows = [images[labels == k] for k in np.unique(labels)]
+        images = np.concatenate([part for row in rows for part in (row, blank[:nrow - len(row)])])
     grid = make_grid(torch.from_numpy(np.ascontiguousarray(images)).permute(0, 3, 1, 2), nrow, pad_value=255)
     return Image.fromarray(grid.permute(1, 2, 0).numpy())
 
@@ -721,9 +730,9 @@ def save_gif(frames, path, ms):
 
 def save_samples(images, out, labels=None):
     """Writes uint8 (N, H, W, C) as a .png grid, an .npz (arr_0 and labels) or a folder of numbered PNG files."""
-    if out.endswith(".png"):
+    if Path(out).suffix == ".png":
         save_image(make_grid(images, labels), out)
-    elif out.endswith(".npz"):
+    elif Path(out).suffix == ".npz":
         with atomic_write(out) as f:
             np.savez(f, images, **({} if labels is None else {"labels": labels}))
     else:
@@ -732,8 +741,8 @@ def save_samples(images, out, labels=None):
 
 
 def parse_labels(text, classes, n_classes):
-    """"all", or numbers or names of classes with commas between -> list of int; exits on what is no class."""
-    if text == "all":
+    """None or "all", or numbers or names of classes with commas between -> list of int; exits on what is no class."""
+    if text in (None, "all"):
         return list(range(n_classes))
     known = {str(k): k for k in range(n_classes)} | {name: k for k, name in enumerate(classes)}
     unknown = [name for name in text.split(",") if name not in known]
@@ -747,7 +756,7 @@ def sample(args):
     """--sample: pictures of a checkpoint's generator, as a grid, an array, a folder or an animation."""
     netG, ckpt = load_generator(args.sample, args.weights)
     netG.to(pick_device(args.device))
-    out = args.out or Path(args.sample).stem + ("_interpolate.gif" if args.interpolate else "_samples.png")
+    out = args.out or str(Path(args.sample).with_suffix("")) + ("_walk.gif" if args.interpolate else "_samples.png")
     suffix = "" if out.endswith(("/", os.sep)) else Path(out).suffix
     if suffix not in ((".gif",) if args.interpolate else (".png", ".npz", "")):
         fail(f"--out {out}: give {'a .gif' if args.interpolate else 'a .png, an .npz or a folder/'}")
@@ -790,14 +799,15 @@ def load_checkpoint(path, script=None):
     script: exits unless that script wrote it.
     """
     try:
-        with warnings.catch_warnings(action="ignore"):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
             ckpt = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         fail(f"{path}: no such file")
     except pickle.UnpicklingError:
         fail(f"{path}: refused, it is damaged or holds Python objects that could run code when loaded; what can be "
              "loaded is a state dict: torch.save(netG.state_dict(), FILE)")
-    except (OSError, RuntimeError, EOFError, ValueError, KeyError) as e:
+    except Exception as e:  # noqa: BLE001  damaged files make torch raise nearly anything
         fail(f"{path}: cannot be read, truncated or not a PyTorch checkpoint ({one_line(e)})")
     if isinstance(ckpt, dict) and "script" in ckpt and not CHECKPOINT_KEYS <= ckpt.keys():
         fail(f"{path}: incomplete, it lacks {', '.join(sorted(CHECKPOINT_KEYS - ckpt.keys()))}")
@@ -820,15 +830,17 @@ def load_generator(path, weights="ema"):
     else:
         keys = ("g_model_state_dict", "generator", "netG", "state_dict", "model_state_dict")
         state = next((ckpt[k] for k in keys if k in ckpt), ckpt) if isinstance(ckpt, dict) else {}
-        state = {k.removeprefix("module."): v for k, v in state.items() if isinstance(v, torch.Tensor)}
+        state = {str(k).removeprefix("module."): v for k, v in state.items()} if isinstance(state, dict) else {}
+        state = {k: v for k, v in state.items() if isinstance(v, torch.Tensor)}
         try:
             config = config_of(state)
         except (IndexError, KeyError, ValueError):
             fail(f"{path}: no generator of {SCRIPT}.py in it; looked at the top and under {', '.join(keys)}")
-    netG = Generator(**config)
     try:
+        check_img_size(config["img_size"])
+        netG = Generator(**config)
         netG.load_state_dict(state)
-    except RuntimeError as e:
+    except (RuntimeError, TypeError, KeyError, AttributeError) as e:
         fail(f"{path}: its tensors do not fit {SCRIPT}.py's generator: {str(e).splitlines()[-1].strip()[:200]}")
     return netG.eval(), ckpt
 
@@ -837,23 +849,16 @@ def load_generator(path, weights="ema"):
 
 
 def pick_device(name, local_rank=0):
-    """torch.device for --device; exits if the machine has none of that kind."""
+    """torch.device for --device; exits if it cannot be used here."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     try:
-        device = torch.device(name)
-    except RuntimeError:
-        fail(f"--device {name}: not one of auto, cpu, cuda, cuda:N, mps")
-    if device.type == "cuda":
-        device = torch.device("cuda", local_rank if device.index is None else device.index)
-        if device.index >= torch.cuda.device_count():
-            fail(f"--device {name}: PyTorch sees {torch.cuda.device_count()} CUDA GPUs here; use --device cpu or auto")
-        torch.cuda.set_device(device)
-        torch.backends.cudnn.benchmark = True
-    elif device.type == "mps" and not torch.backends.mps.is_available():
-        fail("--device mps: PyTorch sees no Apple GPU here; use --device cpu or auto")
-    elif device.type not in ("cpu", "mps"):
-        fail(f"--device {name}: not one of auto, cpu, cuda, cuda:N, mps")
+        device = torch.device(f"cuda:{local_rank}" if name == "cuda" else name)
+        torch.zeros(1, device=device)
+        if device.type == "cuda":
+            torch.cuda.set_device(device)
+    except (RuntimeError, AssertionError) as e:
+        fail(f"--device {name}: cannot be used here ({one_line(e)}); choose auto, cpu, cuda, cuda:N or mps")
     return device
 
 
@@ -881,10 +886,11 @@ def lr_factor(kind, progress):
 def new_out_dir(args):
     """Where a new run goes: never over an old one."""
     if args.out_dir:
-        if list(Path(args.out_dir).glob("checkpoint*.pt")):
-            fail(f"--out_dir {args.out_dir}: there is a run in it; go on with it by --resume, or name another folder")
-        return Path(args.out_dir)
-    base, n = Path("runs", f"{SCRIPT}-{Path(args.dataset).stem}"), 1
+        out = Path(args.out_dir)
+        if list(out.glob("checkpoint*.pt")) and not (args.resume and out.samefile(Path(args.resume).parent)):
+            fail(f"--out_dir {out}: there is a run in it; go on with it by --resume, or name another folder")
+        return out
+    base, n = Path("runs", f"{SCRIPT}-{Path(args.dataset).resolve().stem}"), 1
     while (out := base if n == 1 else base.with_name(f"{base.name}-{n}")).exists():
         n += 1
     return out
@@ -900,16 +906,22 @@ def train(args):
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=datetime.timedelta(hours=6))
     bf16 = use_bf16(args.precision, device)
 
-    if world > 1 and local_rank > 0:
-        dist.barrier()  # one process of each machine downloads and decodes; the others find its cache
-    images, labels, classes = load_data(args, quiet=rank > 0)
-    if world > 1 and local_rank == 0:
-        dist.barrier()
+    torch.backends.cudnn.benchmark = True
+    out_dir = new_out_dir(args)
+
+    # One process downloads and decodes; then one on each other machine; the rest find what those have cached.
+    for turn in range(3):
+        if turn == (0 if rank == 0 else 1 if local_rank == 0 else 2):
+            images, labels, classes = load_data(args, quiet=rank > 0)
+        if world > 1:
+            dist.barrier()
     batch = args.batch_size * world  # of all processes together
     if batch > len(images):
         fail(f"--batch_size {args.batch_size}: {world} process(es) need {batch} images a step, "
              f"there are {len(images)}; take it smaller")
-    data = torch.from_numpy(images)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the mapped file is read-only; nobody writes
+        data = torch.from_numpy(images)
     if device.type == "cuda" and data.nbytes < torch.cuda.mem_get_info(device)[0] / 2:
         data = data.to(device)
     targets = torch.from_numpy(labels).to(data.device)
@@ -944,8 +956,9 @@ def train(args):
         except (KeyError, RuntimeError, ValueError) as e:
             fail(f"{args.resume}: does not fit this run: {str(e).splitlines()[-1].strip()[:200]}")
         if epoch >= args.epochs:
-            fail(f"{args.resume}: its {epoch} epochs are done; go on with --epochs {epoch + 10}, say")
-    out_dir = Path(args.out_dir) if args.resume else new_out_dir(args)
+            fail(f"--epochs {args.epochs}: {args.resume} has done {epoch}; go on with --epochs {epoch + 10}, say")
+        if step >= (args.max_steps or math.inf):
+            fail(f"--max_steps {args.max_steps}: {args.resume} is at step {step}; name more")
 
     # DDP adds up the gradients; everything else uses the raw modules. Buffers stay each process's own: sent at every
     # forward, they would change under netD's two forwards before one backward.
@@ -956,7 +969,7 @@ def train(args):
 
     steps_per_epoch = len(images) // batch
     sample_interval = args.sample_interval or min(steps_per_epoch, 1000)
-    total = step + (len(images) - position) // batch + (args.epochs - epoch - 1) * steps_per_epoch
+    total = step + max(0, len(images) - position) // batch + (args.epochs - epoch - 1) * steps_per_epoch
     total = min(total, args.max_steps or total)
     labels_fixed = np.arange(10 * len(classes)) % len(classes)
     inputs_fixed = [latents(args.seed, 0, len(labels_fixed), args.nz), labels_fixed]
@@ -1025,94 +1038,97 @@ def train(args):
             return False
         flag = torch.tensor(float(bool(stop)), device=device)
         dist.all_reduce(flag)
-        return flag.item() > 0
+        if flag.item() and not stop:
+            stop.append(signal.SIGTERM)
+        return bool(stop)
 
     totals, n_totals, last_log, last_save = torch.zeros(6, device=device), 0, time.perf_counter(), time.perf_counter()
     loss_g = torch.zeros((), device=device)
     bar = tqdm(total=total, initial=step, unit="step", dynamic_ncols=True, disable=rank > 0)
-    done = False
+    done, order = False, None
     while epoch < args.epochs and not done:
-        bar.set_description(f"epoch {epoch + 1}/{args.epochs}")
-        order = np.random.default_rng((args.seed, epoch)).permutation(len(images))
-        while position + batch <= len(images) and not done:
-            # All of a step's randomness comes from (seed, step, rank): a resume needs no other random state.
-            torch.manual_seed(int(np.random.SeedSequence((args.seed, step, rank)).generate_state(1)[0]))
-            index = torch.from_numpy(order[position + rank:position + batch:world])
-            real = to_float(data[index.to(data.device)], device)
-            y = targets[index.to(data.device)].to(device)  # of the fakes too: p(c) is the data's
-            if args.hflip:
-                real = torch.where(torch.rand(len(real), 1, 1, 1, device=device) < 0.5, real.flip(3), real)
-            factor = lr_factor(args.lr_decay, (epoch + position / len(images)) / args.epochs)
-            optG.param_groups[0]["lr"] = factor * (args.lr if args.lr_g is None else args.lr_g)
-            optD.param_groups[0]["lr"] = factor * (args.lr if args.lr_d is None else args.lr_d)
-            classify = epoch < args.pretrain_aux  # netD alone, as a classifier
-            g_step = not classify and step >= args.pretrain_d and (step + 1) % args.d_steps == 0
+        if position + batch > len(images):  # what is left of the epoch fills no batch
+            epoch, position, order = epoch + 1, 0, None
+            continue
+        if order is None:
+            bar.set_description(f"epoch {epoch + 1}/{args.epochs}")
+            order = np.random.default_rng((args.seed, epoch)).permutation(len(images))
+        # All of a step's randomness comes from (seed, step, rank): a resume needs no other random state.
+        torch.manual_seed(int(np.random.SeedSequence((args.seed, step, rank)).generate_state(1)[0]))
+        index = torch.from_numpy(order[position + rank:position + batch:world])
+        real = to_float(data[index.to(data.device)], device)
+        y = targets[index.to(data.device)].to(device)  # of the fakes too: p(c) is the data's
+        if args.hflip:
+            real = torch.where(torch.rand(len(real), 1, 1, 1, device=device) < 0.5, real.flip(3), real)
+        factor = lr_factor(args.lr_decay, (epoch + position / len(images)) / args.epochs)
+        optG.param_groups[0]["lr"] = factor * (args.lr if args.lr_g is None else args.lr_g)
+        optD.param_groups[0]["lr"] = factor * (args.lr if args.lr_d is None else args.lr_d)
+        classify = epoch < args.pretrain_aux  # netD alone, as a classifier
+        g_step = not classify and step >= args.pretrain_d and (step + 1) % args.d_steps == 0
 
-            # D step: tell real from fake, and the classes of both.
-            z = torch.randn(len(real), args.nz, device=device)
+        # D step: tell real from fake, and the classes of both.
+        z = torch.randn(len(real), args.nz, device=device)
+        with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+            with torch.set_grad_enabled(g_step):
+                fake = (ddpG if g_step else netG)(z, y)
+            out_real, class_real = ddpD(real)
+            shown, y_shown = replay.mix(fake.detach(), y)
+            out_fake, class_fake = ddpD(shown)
+        loss_d = d_loss(out_real, out_fake, args.loss, args.real_label, args.fake_label)
+        aux_real, aux_fake = F.cross_entropy(class_real.float(), y), F.cross_entropy(class_fake.float(), y_shown)
+        # Times 0 and not left out: under DDP every parameter must get a gradient.
+        loss_d = aux_real + (loss_d + aux_fake) * (not classify)
+        penalty = args.gp_weight * gradient_penalty(netD, real, fake, args.gp) if args.gp != "none" else 0
+        optD.zero_grad()
+        (loss_d + penalty).backward()
+        optD.step()
+
+        # G step: make the same fakes pass for real and show their class. netD is frozen: no weight gradients.
+        if g_step:
+            netD.requires_grad_(False)
             with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
-                with torch.set_grad_enabled(g_step):
-                    fake = (ddpG if g_step else netG)(z, y)
-                out_real, class_real = ddpD(real)
-                shown, y_shown = replay.mix(fake.detach(), y)
-                out_fake, class_fake = ddpD(shown)
-            loss_d = d_loss(out_real, out_fake, args.loss, args.real_label, args.fake_label)
-            aux_real, aux_fake = F.cross_entropy(class_real.float(), y), F.cross_entropy(class_fake.float(), y_shown)
-            # Times 0 and not left out: under DDP every parameter must get a gradient.
-            loss_d = aux_real + (loss_d + aux_fake) * (not classify)
-            penalty = args.gp_weight * gradient_penalty(netD, real, fake, args.gp) if args.gp != "none" else 0
-            optD.zero_grad()
-            (loss_d + penalty).backward()
-            optD.step()
+                out, class_out = netD(fake)
+            loss_g = g_loss(out, args.loss) + F.cross_entropy(class_out.float(), y)
+            optG.zero_grad()
+            loss_g.backward()
+            optG.step()
+            netD.requires_grad_(True)
+            decay = min(args.ema, (1 + step) / (10 + step))
+            torch._foreach_lerp_(ema_tensors, netG_tensors, 1 - decay)
 
-            # G step: make the same fakes pass for real and show their class. netD is frozen: no weight gradients.
-            if g_step:
-                netD.requires_grad_(False)
-                with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
-                    out, class_out = netD(fake)
-                loss_g = g_loss(out, args.loss) + F.cross_entropy(class_out.float(), y)
-                optG.zero_grad()
-                loss_g.backward()
-                optG.step()
-                netD.requires_grad_(True)
-                decay = min(args.ema, (1 + step) / (10 + step))
-                torch._foreach_lerp_(ema_tensors, netG_tensors, 1 - decay)
-
-            with torch.no_grad():
-                totals += torch.stack((loss_d.detach(), loss_g.detach(), out_real.float().sigmoid().mean(),
-                                       out_fake.float().sigmoid().mean(), (class_real.argmax(1) == y).float().mean(),
-                                       (class_fake.argmax(1) == y_shown).float().mean()))
-            step, position, n_totals = step + 1, position + batch, n_totals + 1
-            done = step >= total or should_stop()
-            bar.update()
-            if step % args.log_interval == 0 or done:
-                means, now = (totals / n_totals).tolist(), time.perf_counter()
-                if not all(map(math.isfinite, means)):
-                    diverged()
-                row = dict(zip(("loss_d", "loss_g", "D(x)", "D(G(z))", "acc_real", "acc_fake"), means))
-                row["images/s"] = n_totals * batch / (now - last_log)
-                totals, n_totals, last_log = torch.zeros_like(totals), 0, now
-                bar.set_postfix({k: f"{v:.3g}" for k, v in row.items()})
-                if rank == 0:
-                    place = {"step": step, "epoch": epoch + position / len(images), "time": time.time(),
-                             "lr_g": optG.param_groups[0]["lr"], "lr_d": optD.param_groups[0]["lr"]}
-                    with open(out_dir / "log.jsonl", "a") as log:
-                        log.write(json.dumps(place | row) + "\n")
-                for k, v in row.items() if writer else ():
-                    writer.add_scalar(k, v, step)
-            if position + batch > len(images):
-                epoch, position = epoch + 1, 0
+        with torch.no_grad():
+            totals += torch.stack((loss_d.detach(), loss_g.detach(), out_real.float().sigmoid().mean(),
+                                   out_fake.float().sigmoid().mean(), (class_real.argmax(1) == y).float().mean(),
+                                   (class_fake.argmax(1) == y_shown).float().mean()))
+        step, position, n_totals = step + 1, position + batch, n_totals + 1
+        done = step >= total or should_stop()
+        bar.update()
+        if step % args.log_interval == 0 or done:
+            means, now = (totals / n_totals).tolist(), time.perf_counter()
+            if not all(map(math.isfinite, means)):
+                diverged()
+            row = dict(zip(("loss_d", "loss_g", "D(x)", "D(G(z))", "acc_real", "acc_fake"), means))
+            row["images/s"] = n_totals * batch / (now - last_log)
+            totals, n_totals, last_log = torch.zeros_like(totals), 0, now
+            bar.set_postfix({k: f"{v:.3g}" for k, v in row.items()})
             if rank == 0:
-                if step % sample_interval == 0 or step == total:
-                    save_grid()
-                minute = time.perf_counter() - last_save > 60
-                if done or (step % args.save_interval == 0 if args.save_interval else minute):
-                    save()
-                    last_save = time.perf_counter()
-                if args.keep_every and position == 0 and epoch % args.keep_every == 0:
-                    save(f"checkpoint_epoch_{epoch:04d}.pt")
-            if position == 0:
-                break
+                place = {"step": step, "epoch": epoch + position / len(images), "time": time.time(),
+                         "lr_g": optG.param_groups[0]["lr"], "lr_d": optD.param_groups[0]["lr"]}
+                with open(out_dir / "log.jsonl", "a") as log:
+                    log.write(json.dumps(place | row) + "\n")
+            for k, v in row.items() if writer else ():
+                writer.add_scalar(k, v, step)
+        if position + batch > len(images):
+            epoch, position, order = epoch + 1, 0, None
+        if rank == 0:
+            if step % sample_interval == 0 or step == total:
+                save_grid()
+            minute = time.perf_counter() - last_save > 60
+            if done or (step % args.save_interval == 0 if args.save_interval else minute):
+                save()
+                last_save = time.perf_counter()
+            if args.keep_every and position == 0 and epoch % args.keep_every == 0:
+                save(f"checkpoint_epoch_{epoch:04d}.pt")
     bar.close()
     if rank == 0:
         frames = sorted((out_dir / "samples").glob("step_*.png"))
@@ -1134,12 +1150,15 @@ def train(args):
 
 def main():
     args = get_args()
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # until train() has its own
     try:
         sample(args) if args.sample else train(args)
     except KeyboardInterrupt:
         fail("interrupted before the first step, nothing to save")
-    except torch.OutOfMemoryError:
-        fail("the GPU's memory is too small for this; lower --batch_size, --ngf or --ndf")
+    except (RuntimeError, MemoryError) as e:
+        if "memory" not in str(e) and not isinstance(e, MemoryError):
+            raise
+        fail(f"not enough memory ({one_line(e)}); lower --batch_size, --img_size, --ngf or --ndf")
     except OSError as e:
         if e.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise

@@ -2,6 +2,7 @@
 
 import importlib
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -79,17 +80,16 @@ def command(script, *argv, **kwargs):
 
 
 def error_of(capfd, call, *args):
-    """The one line with which `call` ends the program."""
+    """The one line with which `call` ends the program, after its progress bars. Exit code 2 goes with a flag's name."""
     capfd.readouterr()
     with pytest.raises(SystemExit) as e:
         call(*args)
-    if isinstance(e.value.code, int):
-        assert e.value.code != 0
-        message = capfd.readouterr().err
-    else:
-        message = e.value.code  # Python prints it on stderr and exits with 1
-    assert message.strip().count("\n") == 0, message
-    return message
+    err = capfd.readouterr().err
+    lines = [line for line in err.replace("\r", "\n").splitlines() if line.strip()]
+    assert e.value.code == (2 if re.search(r"\.py: error: (--|argument|unrecog)", lines[-1]) else 1), lines[-1]
+    assert err.endswith(lines[-1] + "\n")
+    assert err.count(": error: ") == 1
+    return lines[-1]
 
 
 def picture(i, size=(20, 20), mode="RGB"):

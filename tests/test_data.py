@@ -180,7 +180,7 @@ def test_read_only_place(folder, monkeypatch, tmp_path):
 def test_cache_is_not_held_in_memory():
     """20,000 pictures of 64x64 RGB: 246 MB on disk, mapped and not read."""
     shape = [20000, 64, 64, 3]
-    meta = {"key": "k", "shape": shape, "crc": 0, "classes": [], "labels": None}
+    meta = {"key": "k", "shape": shape, "crc": 0, "skipped": []}
     with open("big.cache", "wb") as f:
         f.truncate(int(np.prod(shape)))
         f.seek(0, os.SEEK_END)
@@ -302,7 +302,7 @@ def test_celeba_as_people_hold_it(layout):
     assert (labels.tolist(), classes) == ([1, 0, 1], ["not Smiling", "Smiling"])
     _, labels, classes, _ = load("celeba", "--attr", "Smiling", "Male", module=acgan)
     assert labels.tolist() == [1, 0, 3]
-    assert classes == ["not Smiling, not Male", "Smiling, not Male", "not Smiling, Male", "Smiling, Male"]
+    assert classes == ["not Smiling + not Male", "Smiling + not Male", "not Smiling + Male", "Smiling + Male"]
 
 
 def test_celeba_download_is_torchvisions(monkeypatch):
@@ -329,7 +329,7 @@ def test_failed_downloads_say_what_to_put_where(monkeypatch, capfd):
     message = error_of(capfd, load, "celeba")
     assert "img_align_celeba.zip" in message
     assert "put it into ./data" in message
-    assert "MNIST/raw/train-" in error_of(capfd, load, "mnist")
+    assert "MNIST/raw/" in error_of(capfd, load, "mnist")
     assert "cifar-10-python.tar.gz" in error_of(capfd, load, "cifar10")
 
 
@@ -351,3 +351,32 @@ def test_real_cifar10_zip(data_dir):
     assert images.shape == (300, 32, 32, 3)
     assert len(classes) == 10
     assert set(labels.tolist()) == set(range(10))
+
+
+def test_attributes_share_the_cache_and_are_read_anew():
+    import acgan
+
+    lay_out_celeba("bare")
+    load("celeba")
+    load("celeba", "--attr", "Male", module=acgan)
+    assert len(caches()) == 1
+    table = Path("data/list_attr_celeba.txt")
+    table.write_text(table.read_text().replace("000001.jpg  1", "000001.jpg -1"))
+    assert load("celeba", "--attr", "Smiling", module=acgan)[1].tolist() == [0, 0, 1]
+
+
+def test_small_pictures_get_the_nearest_size(tmp_path):
+    (tmp_path / "small").mkdir()
+    picture(0, (28, 28)).save("small/a.png")
+    assert load("small")[-1].img_size == 32
+
+
+def test_absolute_names_in_a_zip():
+    with zipfile.ZipFile("odd.zip", "w") as z:
+        for k, name in enumerate(("/x/cat/a.png", "x/dog/../../../b.png", "x/dog/c.png")):
+            picture(k).save("p.png")
+            z.writestr(zipfile.ZipInfo(name), Path("p.png").read_bytes())
+    before = set(os.listdir())
+    images, _, classes, _ = load("odd.zip")
+    assert (len(images), classes) == (2, ["cat", "dog"])  # ".." is no folder of pictures
+    assert set(os.listdir()) - before == {"data"}  # nothing is extracted

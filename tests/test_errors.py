@@ -5,7 +5,7 @@ import zipfile
 
 import pytest
 import torch
-from conftest import TINY, command, error_of, train
+from conftest import TINY, command, error_of, picture, train
 
 import dcgan
 import gan
@@ -34,10 +34,14 @@ def messages(script, capfd, *argv):
         (["--lr", "fast"], "--lr: invalid float value: 'fast'"),
         (["--dropout", "1.5"], "--dropout"),
         (["--epocs", "3"], "--epocs"),
-        (["--device", "cuda:7"], "--device cuda:7"),
-        (["--device", "gpu"], "--device gpu: not one of"),
+        (["--device", "cuda:77"], "--device cuda:77: cannot be used here"),
+        (["--device", "gpu"], "--device gpu: cannot be used here"),
         (["--loss", "hinge", "--real_label", "0.9"], "--real_label"),
-        (["--interpolate", "--walk_dim", "1"], "choose one"),
+        (["--sample", "x.pt", "--interpolate", "--walk_dim", "1"], "choose one"),
+        (["--sample", "x.pt", "--resume", "y.pt"], "choose one"),
+        (["--out", "x.png"], "--out goes with --sample"),
+        (["--beta1", "1"], "--beta1"),
+        (["--dataset", ""], "no such folder"),
         (["--resume"], "--resume: no checkpoint in runs/"),
         (["--resume", "missing.pt"], "missing.pt: no such file"),
         (["--sample", "missing.pt"], "missing.pt: no such file"),
@@ -106,7 +110,7 @@ def test_tampered_checkpoint(script, capfd):
 
 def test_finished_run_says_so(script, capfd):
     train(script, "--epochs", 1)
-    assert "its 1 epochs are done; go on with --epochs" in messages(
+    assert "has done 1; go on with --epochs 11" in messages(
         script, capfd, "--resume", "run/checkpoint.pt", "--epochs", 1
     )
 
@@ -129,9 +133,61 @@ def test_acgan_needs_labels(folder, capfd):
 
 @pytest.mark.parametrize("name", ["gan", "dcgan", "acgan"])
 def test_as_a_user_sees_it(name):
-    for argv, code in ((["--dataset", "nowhere"], 1), (["--lr", "fast"], 2), (["--sample", "nothing.pt"], 1)):
+    for argv, code in ((["--dataset", "nowhere"], 2), (["--lr", "fast"], 2), (["--sample", "nothing.pt"], 1)):
         done = command(name, *argv)
         assert done.returncode == code
         assert done.stdout == ""
         assert done.stderr.count("\n") == 1
         assert done.stderr.startswith(f"{name}.py: error: ")
+
+
+@pytest.mark.parametrize("cut", range(0, 4000, 400))
+def test_damaged_bytes_never_end_in_a_traceback(script, cut, capfd):
+    """A legacy (not zipped) file, as older PyTorch and pickle write, cut and garbled."""
+    torch.save(script.Generator(5, 2, 1, 16).state_dict(), "old.pth", _use_new_zipfile_serialization=False)
+    content = bytearray(open("old.pth", "rb").read())  # noqa: SIM115
+    for name, data in (("cut.pth", content[:cut]), ("noise.pth", content[:cut] + b"\xff\x00Q" + content[cut + 3 :])):
+        with open(name, "wb") as f:
+            f.write(data)
+    assert "cut.pth" in error_of(capfd, script.load_generator, "cut.pth")
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        {"generator": [1]},
+        {"netG": 5},
+        {1: torch.zeros(2)},
+        [],
+        7,
+        "text",
+        {f"main.{i}.weight": torch.zeros(2, 2, 4, 4) for i in range(20)},
+    ],
+)
+def test_strange_content(script, content, capfd):
+    torch.save(content, "strange.pt")
+    message = error_of(capfd, script.load_generator, "strange.pt")
+    assert "strange.pt" in message or "--img_size" in message
+
+
+def test_attributes(capfd, tmp_path):
+    import acgan
+
+    assert "--attr picks classes of --dataset celeba" in messages(acgan, capfd, "--attr", "Smiling")
+    (tmp_path / "data" / "img_align_celeba").mkdir(parents=True)
+    picture(0).save("data/img_align_celeba/000001.jpg")
+    celeba = ("--dataset", "celeba", "--attr", "Smiling")
+    assert "no list_attr_celeba.txt under ./data" in messages(acgan, capfd, *celeba)
+    for text in ("", "1", "2\nSmiling\n000001.jpg x\n"):
+        (tmp_path / "data" / "list_attr_celeba.txt").write_text(text)
+        assert "is not CelebA's table" in messages(acgan, capfd, *celeba)
+    (tmp_path / "data" / "list_attr_celeba.txt").write_text("1\nMale\n000001.jpg 1\n")
+    assert "--attr Smiling: not in" in messages(acgan, capfd, *celeba)
+    (tmp_path / "data" / "list_attr_celeba.txt").write_text("1\nSmiling\n000002.jpg 1\n")
+    assert "says nothing of" in messages(acgan, capfd, *celeba)
+
+
+def test_pretraining_must_leave_something(capfd):
+    import acgan
+
+    assert "--pretrain_aux 5" in messages(acgan, capfd, "--pretrain_aux", 5, "--epochs", 2)

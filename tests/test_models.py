@@ -3,6 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import error_of
 
 import acgan
 import dcgan
@@ -39,10 +40,9 @@ def test_gan_makes_any_size(size):
 
 
 @pytest.mark.parametrize("size", [8, 28, 48, 512])
-def test_other_sizes_are_refused(size):
+def test_other_sizes_are_refused(size, capfd):
     for module in (dcgan, acgan):
-        with pytest.raises(SystemExit, match=f"--img_size {size}"):
-            module.check_img_size(size)
+        assert f"--img_size {size}" in error_of(capfd, module.check_img_size, size)
 
 
 def test_dcgan_is_the_net_of_pytorch_examples_at_64():
@@ -104,6 +104,11 @@ def test_init(script):
         script.weights_init(netD, kind)
         w = max(netD.parameters(), key=torch.Tensor.numel)
         assert w.std().item() == pytest.approx(std(w), rel=0.05)
+    if script.SCRIPT != "gan":  # he must not drive netG's Tanh into saturation
+        netG = script.Generator(20, 16, 1, 64)
+        script.weights_init(netG, "he")
+        args = [torch.zeros(8, dtype=torch.long)] if script.SCRIPT == "acgan" else []
+        assert (netG(torch.randn(8, 20), *args).abs() > 0.95).float().mean() < 0.2
     script.weights_init(netD, "xavier")
     assert w.std().item() != pytest.approx(0.02, rel=0.2)
 

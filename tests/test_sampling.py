@@ -76,7 +76,7 @@ def test_picture_i_does_not_depend_on_batch_or_number(script):
 def test_default_is_a_grid(script):
     train(script, "--max_steps", 1)
     sample(script)
-    with Image.open("checkpoint_samples.png") as grid:
+    with Image.open("run/checkpoint_samples.png") as grid:
         assert grid.size == ((10 * 18 + 2,) * 2 if script.SCRIPT == "acgan" else (8 * 18 + 2,) * 2)
 
 
@@ -113,7 +113,7 @@ def test_interpolate_walks_and_returns(script):
     lengths, ends = np.linalg.norm(z, axis=-1), np.linalg.norm(key, axis=-1)
     assert lengths.min() > 0.9 * ends.min()  # spherical: it keeps away from the origin
     sample(script, "--interpolate")
-    assert os.path.exists("checkpoint_interpolate.gif")
+    assert os.path.exists("run/checkpoint_walk.gif")
 
 
 def test_walk_dim_sweeps_one_coordinate(script, monkeypatch):
@@ -129,7 +129,7 @@ def test_walk_dim_sweeps_one_coordinate(script, monkeypatch):
     assert (np.delete(z, 3, 1) == np.delete(script.latents(0, 0, 1, 8), 3, 1)).all()
 
 
-def test_acgan_labels():
+def test_acgan_labels(capfd):
     acgan = importlib.import_module("acgan")
     train(acgan, "--max_steps", 5, "--lr", 0.01)
     every = pictures(acgan, "--n_samples", 12)
@@ -144,8 +144,8 @@ def test_acgan_labels():
     with Image.open("rows.png") as grid:
         assert grid.size == (5 * 18 + 2, 2 * 18 + 2)  # a row for each class
     assert acgan.parse_labels("dog,0", ["cat", "dog"], 2) == [1, 0]
-    with pytest.raises(SystemExit, match="--labels bird: this generator knows 0 to 1, cat, dog"):
-        acgan.parse_labels("bird", ["cat", "dog"], 2)
+    message = error_of(capfd, acgan.parse_labels, "bird", ["cat", "dog"], 2)
+    assert "--labels bird: this generator knows 0 to 1, cat, dog" in message
 
 
 class ExamplesGenerator(nn.Module):
@@ -228,5 +228,12 @@ def test_stranger_command_line(tmp_path):
     assert "images/s=" in done.stderr
     done = command("gan", "--sample", "runs/gan-digits/checkpoint.pt")
     assert done.returncode == 0, done.stderr
-    assert done.stdout.strip() == "wrote checkpoint_samples.png"
-    assert os.path.exists("checkpoint_samples.png")
+    assert done.stdout.strip() == "wrote runs/gan-digits/checkpoint_samples.png"
+    assert os.path.exists("runs/gan-digits/checkpoint_samples.png")
+
+
+def test_rows_of_classes_are_aligned_when_counts_differ(script):
+    images = np.arange(6, dtype=np.uint8).reshape(6, 1, 1, 1).repeat(8, 1).repeat(8, 2)
+    grid = np.asarray(script.make_grid(images, np.array([2, 0, 0, 0, 2, 7])))[..., 0]
+    centres = [[grid[5 + 10 * r, 5 + 10 * c] for c in range(3)] for r in range(3)]
+    assert centres == [[1, 2, 3], [0, 4, 255], [5, 255, 255]]
