@@ -1025,7 +1025,8 @@ def train(args):
 
     def on_signal(signum, frame):
         stop.append(signum)
-        signal.signal(signum, signal.SIG_DFL)  # a second one ends at once
+        if world == 1:  # a second one ends at once, but one Ctrl-C reaches torchrun's processes twice
+            signal.signal(signum, signal.SIG_DFL)
 
     for signum in (signal.SIGINT, signal.SIGTERM):
         signal.signal(signum, on_signal)

@@ -57,7 +57,7 @@ def test_common_definitions_are_the_same_text(other):
 @pytest.mark.parametrize("other", ["gan", "acgan"])
 def test_common_flags_have_the_same_meaning(other):
     mine, theirs = actions("dcgan"), actions(other)
-    allowed = {"--img_size", "--init", "--sn", "--n_samples", "--out_dir"}  # their help names what the method makes of them
+    allowed = {"--img_size", "--init", "--sn", "--n_samples", "--out_dir"}  # the method shows
     assert set(theirs) - set(mine) == ({"--attr", "--labels", "--pretrain_aux"} if other == "acgan" else set())
     assert set(mine) <= set(theirs)
     for flag in set(mine) - allowed:

@@ -362,29 +362,24 @@ script.train(script.get_args(sys.argv[1:]))
     assert script.load_checkpoint("run/checkpoint.pt")["step"] == 12
 
 
-def test_two_processes_stop_together():
-    argv = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc_per_node",
-        "2",
-        str(ROOT / "gan.py"),
-        *TINY,
-        "--epochs",
-        "100000",
-        "--out_dir",
-        "run",
-    ]
-    p = subprocess.Popen(argv, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+@pytest.mark.parametrize("ctrl_c", [False, True])
+def test_two_processes_stop_together(ctrl_c):
+    """SIGTERM to torchrun, as a scheduler sends it; and Ctrl-C, which a terminal sends to every process at once."""
+    argv = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    p = subprocess.Popen(
+        [*argv, str(ROOT / "gan.py"), *TINY, "--epochs", "100000", "--out_dir", "run"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
     deadline = time.time() + 120
     while not (os.path.exists("run/log.jsonl") and len(rows("run")) > 3) and time.time() < deadline:
         time.sleep(0.1)
-    p.terminate()
+    os.killpg(p.pid, signal.SIGINT) if ctrl_c else p.terminate()
     out, _ = p.communicate(timeout=60)
     assert "go on with" in out
-    assert dcgan.load_checkpoint("run/checkpoint.pt")["step"] >= 4
+    assert dcgan.load_checkpoint("run/checkpoint.pt")["step"] == rows("run")[-1]["step"] >= 4
 
 
 def test_readme_tricks_recipe():
