@@ -11,6 +11,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+# One thread for these tiny nets: faster, and on a busy machine several threads wait for each other more than they work.
+os.environ["OMP_NUM_THREADS"] = "1"
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 SCRIPTS = ("gan", "dcgan", "acgan")
