@@ -170,6 +170,9 @@ def get_args(argv=None):
     g.add_argument("--walk_step", type=float, default=0.01, help="how far --walk_dim goes from picture to picture")
 
     args = p.parse_args(argv)
+    for flag in ("sample", "resume"):  # a run's folder stands for its last checkpoint
+        if getattr(args, flag) and Path(getattr(args, flag), "checkpoint.pt").exists():
+            setattr(args, flag, str(Path(getattr(args, flag), "checkpoint.pt")))
     if args.sample and args.resume:
         p.error("--sample generates and --resume trains; choose one")
     for flag in ("n_samples", "out", "interpolate", "walk_dim"):
@@ -429,7 +432,7 @@ def folder_source(path):
     names = sorted(n for n in files if PurePosixPath(n).suffix.lower() in known
                    and not any(part.startswith((".", "__MACOSX")) for part in PurePosixPath(n).parts))
     if not names:
-        fail(f"--dataset {path}: no images in it (Pillow reads {' '.join(sorted(known)[:60:6])} and others)")
+        fail(f"--dataset {path}: no images in it (.jpg, .png and whatever else Pillow reads)")
     parts = [PurePosixPath(n.lstrip("/")).parts for n in names]
     depth = len(os.path.commonprefix([part[:-1] for part in parts]))  # of lists: of whole folder names
     tops = [part[depth:] for part in parts]
@@ -715,7 +718,9 @@ def sample(args):
     """--sample: pictures of a checkpoint's generator, as a grid, an array, a folder or an animation."""
     netG, _ = load_generator(args.sample, args.weights)
     netG.to(pick_device(args.device))
-    out = args.out or str(Path(args.sample).with_suffix("")) + ("_walk.gif" if args.interpolate else "_samples.png")
+    name = "samples.png" if args.walk_dim is None else f"walk_{args.walk_dim}.png"
+    name = "walk.gif" if args.interpolate else name
+    out = args.out or f"{Path(args.sample).with_suffix('')}_{name}"
     suffix = "" if out.endswith(("/", os.sep)) else Path(out).suffix
     if suffix not in ((".gif",) if args.interpolate else (".png", ".npz", "")):
         fail(f"--out {out}: give {'a .gif' if args.interpolate else 'a .png, an .npz or a folder/'}")
@@ -918,8 +923,9 @@ def train(args):
 
     # DDP adds up the gradients; everything else uses the raw modules. Buffers stay each process's own: sent at every
     # forward, they would change under netD's two forwards before one backward.
-    ddp = functools.partial(DistributedDataParallel, broadcast_buffers=False) if world > 1 else lambda net: net
-    ddpG, ddpD = ddp(netG), ddp(netD)
+    ddpG, ddpD = (DistributedDataParallel(net) if world > 1 else net for net in (netG, netD))
+    if world > 1:
+        ddpG.broadcast_buffers = ddpD.broadcast_buffers = False  # the argument has another name from torch 2.15 on
     ema_tensors, netG_tensors = ([t for t in net.state_dict().values() if t.is_floating_point()]
                                  for net in (netG_ema, netG))
 
@@ -1104,7 +1110,7 @@ def main():
     try:
         sample(args) if args.sample else train(args)
     except KeyboardInterrupt:
-        fail("interrupted before the first step, nothing to save")
+        fail("interrupted, nothing to save")
     except (RuntimeError, MemoryError) as e:
         if "memory" not in str(e) and not isinstance(e, MemoryError):
             raise

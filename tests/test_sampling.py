@@ -80,6 +80,13 @@ def test_default_is_a_grid(script):
         assert grid.size == ((10 * 18 + 2,) * 2 if script.SCRIPT == "acgan" else (8 * 18 + 2,) * 2)
 
 
+def test_a_run_folder_stands_for_its_checkpoint(script):
+    train(script, "--max_steps", 1)
+    script.sample(script.get_args(["--sample", "run", "--out", "x.png"]))
+    assert os.path.exists("x.png")
+    assert script.get_args(["--resume", "run/"]).resume == "run/checkpoint.pt"
+
+
 def test_folder_npz_and_png_agree(script):
     train(script, "--max_steps", 1, "--nc", 3)
     images = pictures(script, "--n_samples", 5)["arr_0"]
@@ -143,7 +150,7 @@ def test_acgan_labels(capfd):
     sample(acgan, "--labels", "3,7", "--n_samples", 10, "--out", "rows.png")
     with Image.open("rows.png") as grid:
         assert grid.size == (5 * 18 + 2, 2 * 18 + 2)  # a row for each class
-    assert acgan.parse_labels("dog,0", ["cat", "dog"], 2) == [1, 0]
+    assert acgan.parse_labels("dog, 0", ["cat", "dog"], 2) == [1, 0]
     message = error_of(capfd, acgan.parse_labels, "bird", ["cat", "dog"], 2)
     assert "--labels bird: this generator knows 0 to 1, cat, dog" in message
 
@@ -193,7 +200,7 @@ def test_foreign_dcgan_checkpoints(wrap, parallel):
         expected = net.eval()(torch.from_numpy(dcgan.latents(0, 0, 5, 30)).reshape(5, 30, 1, 1))
     assert np.abs(np.load("x.npz")["arr_0"].astype(int) - dcgan.to_uint8(expected)).max() <= 1
     dcgan.sample(dcgan.get_args([*argv, "--walk_dim", "0"]))
-    assert os.path.exists("gan_checkpoint_14_epoch_samples.png")
+    assert os.path.exists("gan_checkpoint_14_epoch_walk_0.png")
 
 
 def test_foreign_gan_and_acgan_state_dicts():
