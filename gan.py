@@ -300,8 +300,8 @@ def gradient_penalty(netD, real, fake, kind):
 class Replay:
     """History of netG's images: netD meets old fakes again (Shrivastava et al. 2017, section 2.3)."""
 
-    def __init__(self, size, fraction, store=None):
-        self.size, self.fraction, self.store = size, fraction, store
+    def __init__(self, size, fraction):
+        self.size, self.fraction, self.store = size, fraction, None
 
     def mix(self, *batch):
         """batch: tensors (N, ...), the fakes first. The same, `fraction` of them swapped for older ones."""
