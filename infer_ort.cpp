@@ -211,7 +211,7 @@ static volatile std::sig_atomic_t interrupted = 0;
 
 struct Options {
   std::string model, labels, out, provider = "cpu";
-  int64_t n_samples = 0, batch_size = 64, start = 0, threads = 0;
+  int64_t n_samples = 0, batch_size = 32, start = 0, threads = 0;  // 32: as fast as 64 on a CPU, in less memory
   uint64_t seed = 0;
   bool benchmark = false;
 };

@@ -10,6 +10,7 @@ medians over the rounds, with the range in which they all lay.
 import argparse
 import copy
 import functools
+import logging
 import os
 import platform
 import re
@@ -213,6 +214,7 @@ def gpu_table(args, script, netG, files):
 
 def main():
     args = get_args()
+    logging.disable(logging.WARNING)  # of onnxruntime.quantization, about how it works inside
     cpu = Path("/proc/cpuinfo")
     model = re.search(r"model name\s*: (.*)", cpu.read_text()).group(1) if cpu.exists() else platform.processor()
     script, netG, _ = export.load(export.get_args([args.checkpoint]).checkpoint, "ema")
