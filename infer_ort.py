@@ -175,7 +175,8 @@ def create(ort, path, options, providers):
         if not isinstance(e, ValueError) and "onnxruntime" not in type(e).__module__ and type(e) is not RuntimeError:
             raise
         reason = next((line for line in str(e).splitlines() if line.strip()), type(e).__name__)
-        fail(f"{path}: not an ONNX file that can be run, or damaged ({reason.split(' : ')[-1].strip()[:120]})")
+        hint = "; python export.py makes one of a checkpoint" if Path(path).suffix in (".pt", ".pth", ".pkl") else ""
+        fail(f"{path}: not an ONNX file that can be run, or damaged ({reason.split(' : ')[-1].strip()[:120]}){hint}")
 
 
 class Generator:
@@ -221,6 +222,9 @@ class Generator:
                 raise ValueError(f"nz, nc {stated} against {[self.nz, self.nc]}")
         except (ValueError, TypeError) as e:
             fail(f"{path}: its metadata contradicts its tensors, it was tampered with ({e})")
+        # Buffers that stay on the GPU need every size to be known.
+        self.bound = self.provider == "CUDAExecutionProvider" and all(isinstance(d, int) for d in shape[1:])
+        self.device = "cuda", int(self.session.get_provider_options()[self.provider].get("device_id", 0))
         self.binding = None
 
     def labels(self, text):
@@ -256,7 +260,7 @@ class Generator:
         arrays = [z.reshape(-1, *self.z_shape), *([] if labels is None else [labels])]
         feed = {k: np.ascontiguousarray(a, t) for k, a, t in zip(self.names, arrays, self.dtypes)}
         try:
-            x = self.run_bound(feed) if self.provider == "CUDAExecutionProvider" else self.session.run(None, feed)[0]
+            x = self.run_bound(feed) if self.bound else self.session.run(None, feed)[0]
         except Exception as e:
             if "onnxruntime" not in type(e).__module__:
                 raise
@@ -271,17 +275,20 @@ class Generator:
         """Through buffers on the GPU that stay where they are, as CUDA graphs need it."""
         import onnxruntime as ort
 
-        device = int(self.session.get_provider_options()[self.provider]["device_id"])
+        output = self.session.get_outputs()[0]
         if self.binding is None:
-            self.values = {k: ort.OrtValue.ortvalue_from_numpy(a, "cuda", device) for k, a in feed.items()}
+            self.values = {k: ort.OrtValue.ortvalue_from_numpy(a, *self.device) for k, a in feed.items()}
             self.binding = self.session.io_binding()
             for k, value in self.values.items():
                 self.binding.bind_ortvalue_input(k, value)
-            self.binding.bind_output(self.session.get_outputs()[0].name, "cuda", device)
+            dtype = {"tensor(float)": np.float32, "tensor(float16)": np.float16}.get(output.type, np.uint8)
+            shape = [self.batch_size, *output.shape[1:]]
+            self.result = ort.OrtValue.ortvalue_from_shape_and_type(shape, dtype, *self.device)
+            self.binding.bind_ortvalue_output(output.name, self.result)
         for k, a in feed.items():
             self.values[k].update_inplace(a)
         self.session.run_with_iobinding(self.binding)
-        return self.binding.copy_outputs_to_cpu()[0]
+        return self.result.numpy()
 
 
 # ------------------------------------------------------------------------------------------------------- output

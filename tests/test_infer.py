@@ -170,6 +170,21 @@ def test_class_names(folder):
     assert infer("--labels", "dog,cat, 1", "--n_samples", 3)["labels"].tolist() == [1, 0, 1]
 
 
+def test_bound_buffers_give_the_same_pictures(model):
+    """What runs on a GPU, with its buffers on the CPU."""
+    gen = infer_ort.Generator("model.onnx", 8, provider="cpu", threads=1)
+    assert not gen.bound
+    choice = gen.labels(None) if gen.n_classes else None
+    z = infer_ort.latents(0, 0, 20, gen.nz)
+    labels = None if choice is None else choice[np.arange(20) % len(choice)]
+    want = gen(z, labels)
+    gen.bound, gen.device = True, ("cpu", 0)
+    np.testing.assert_array_equal(gen(z, labels), want)
+    binding = gen.binding
+    np.testing.assert_array_equal(gen(z[5:], labels if labels is None else labels[5:]), want[5:])
+    assert gen.binding is binding
+
+
 def test_runs_without_torch_and_the_scripts():
     train(dcgan, "--max_steps", 2)
     exported()
@@ -412,6 +427,7 @@ def test_errors_in_python_and_cpp(capfd, cpp):
         (["text.onnx"], "text.onnx: not an ONNX file"),
         (["empty.onnx"], "empty.onnx: not an ONNX file"),
         (["identity.onnx"], "identity.onnx: no generator"),
+        (["run/checkpoint.pt"], "run/checkpoint.pt: not an ONNX file"),
         (["model.onnx", "--labels", "1"], "--labels 1: "),
         (["model.onnx", "--out", "file/x.png"], "--out file/x.png: cannot be written"),
         (["model.onnx", "--out", "file/x.npy"], "--out file/x.npy: "),
