@@ -43,9 +43,20 @@ def fail(message):
     sys.exit(2 if message.startswith("--") else 1)
 
 
+class ArgumentParser(argparse.ArgumentParser):
+    def error(self, message):
+        self.exit(2, f"{self.prog}: error: {message} (--help lists the flags)\n")
+
+
+class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
+    def _get_help_string(self, action):  # "(default: None)" helps nobody
+        plain = action.default is None or isinstance(action.default, bool)
+        return action.help if plain else super()._get_help_string(action)
+
+
 def get_args(argv=None):
-    p = argparse.ArgumentParser(prog="export.py", description=__doc__.split("\n")[0], allow_abbrev=False,
-                                formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    p = ArgumentParser(prog="export.py", description=__doc__.split("\n")[0], allow_abbrev=False,
+                                formatter_class=HelpFormatter)
     p.add_argument("checkpoint", help="checkpoint.pt, the folder of a run, or a DCGAN generator's state dict")
     p.add_argument("-o", "--out", metavar="MODEL.onnx", help="where to write (default: beside the checkpoint)")
     p.add_argument("--precision", choices=TOLERANCE, default="fp32", help="fp16 is for GPUs, int8 for CPUs")

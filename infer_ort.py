@@ -35,6 +35,16 @@ def fail(message):
     sys.exit(2 if message.startswith("--") else 1)
 
 
+class ArgumentParser(argparse.ArgumentParser):
+    def error(self, message):
+        self.exit(2, f"{self.prog}: error: {message} (--help lists the flags)\n")
+
+
+class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
+    def _get_help_string(self, action):  # "(default: None)" helps nobody
+        return action.help if action.default is None or action.default is False else super()._get_help_string(action)
+
+
 def number(kind, low, high=math.inf):
     """argparse type: a number of `kind` (int or float) in [low, high]."""
 
@@ -49,8 +59,8 @@ def number(kind, low, high=math.inf):
 
 
 def get_args(argv=None):
-    p = argparse.ArgumentParser(prog="infer_ort.py", description=__doc__.split("\n")[0], allow_abbrev=False,
-                                formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    p = ArgumentParser(prog="infer_ort.py", description=__doc__.split("\n")[0], allow_abbrev=False,
+                                formatter_class=HelpFormatter)
     p.add_argument("model", help="ONNX file of a generator")
     p.add_argument("--n_samples", type=number(int, 1), help="pictures (default: a grid of 64, or of 10 of each class)")
     p.add_argument("--batch_size", type=number(int, 1), default=64, help="pictures at a time; changes no picture")

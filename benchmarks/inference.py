@@ -154,7 +154,7 @@ def programs(args, script, netG, files, folder):
           "to a folder of PNG, images/s | bare session, images/s | array / bare | peak resident |")
     print("|---|---|---|---|---|---|---|---|")
     for precision in ("fp32", "int8"):
-        file, rounds = files[precision], max(3, args.rounds // 2)
+        file, rounds = files[precision], (args.rounds + 1) // 2
         inputs = export.draw(script, netG, 0, 0, 64)
         session = infer_ort.open_session(file, "cpu")
         bare = {name: [] for name in kinds}

@@ -27,7 +27,7 @@ def first_number(cell):
 
 def test_training(folder):
     argv = ["--dataset", folder, "--img_size", 16, "--nc", 3, "--ngf", 4, "--batch_size", 8]
-    table = rows("training.py", "--runs", "gan", *argv, "--steps", 60, "--warmup", 10, "--rounds", 1)
+    table = rows("training.py", "--runs", "gan", *argv, "--steps", 20, "--warmup", 10, "--rounds", 1)
     assert [row[0] for row in table[2:]] == ["gan.py --precision auto", "gan.py --precision fp32", "plain baseline"]
     for row in table[2:]:
         assert first_number(row[1]) > 0
@@ -43,4 +43,4 @@ def test_inference():
     for name in ("A PyTorch eager fp32", "B plain ONNX export", "export.py fp32", "export.py int8"):
         assert all(first_number(cell) > 0 for cell in table[names.index(name)][2:5])
     program = table[names.index("infer_ort.py")]
-    assert all(first_number(cell) > 0 for cell in program[2:])
+    assert all(first_number(cell) > 0 for cell in program[2:6])
