@@ -1017,9 +1017,10 @@ def train(args):
             return False
         flag = torch.tensor(float(bool(stop)), device=device)
         dist.all_reduce(flag)
-        if flag.item() and not stop:
+        agreed = flag.item() > 0  # and not stop itself: a signal may have come since
+        if agreed and not stop:
             stop.append(signal.SIGTERM)
-        return bool(stop)
+        return agreed
 
     totals, n_totals, last_log, last_save = torch.zeros(4, device=device), 0, time.perf_counter(), time.perf_counter()
     loss_g = torch.zeros((), device=device)
