@@ -768,6 +768,8 @@ def load_checkpoint(path, script=None):
     except FileNotFoundError:
         fail(f"{path}: no such file")
     except pickle.UnpicklingError:
+        if Path(path).suffix == ".onnx":
+            fail(f"{path}: is no checkpoint but an ONNX file; python infer_ort.py {path} samples from it")
         fail(f"{path}: refused, it is damaged or holds Python objects that could run code when loaded; what can be "
              "loaded is a state dict: torch.save(netG.state_dict(), FILE)")
     except Exception as e:  # noqa: BLE001  damaged files make torch raise nearly anything

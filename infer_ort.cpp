@@ -96,6 +96,7 @@ class Generator {
       }
       Ort::GetApi().ReleaseCUDAProviderOptions(provider);
     }
+    if (fs::is_directory(path)) throw Error(path + ": is a folder; name the .onnx file in it, or make one with export.py");
     if (!fs::is_regular_file(path)) throw Error(path + ": no such file");
     try {
       session_ = Ort::Session(env_, path.c_str(), options);
@@ -257,7 +258,8 @@ static Options parse(int argc, char** argv) {
     else if (flag == "--labels") o.labels = value;
     else if (flag == "--out") o.out = value;
     else if (flag == "--provider" && (value == "cpu" || value == "cuda")) o.provider = value;
-    else throw Error(flag + " " + value + ": no such flag or value; --help lists them");
+    else if (flag == "--provider") throw Error("--provider " + value + ": choose cpu or cuda");
+    else throw Error(flag + ": no such flag; --help lists them");
   }
   if (o.model.empty()) throw Error("--help lists the flags; name a MODEL.onnx");
   return o;

@@ -180,6 +180,8 @@ def create(ort, path, options, providers):
         with contextlib.redirect_stdout(None):  # it prints how it falls back
             return ort.InferenceSession(str(path), options, providers=providers)
     except Exception as e:  # ONNX Runtime has exceptions without a common name
+        if Path(path).is_dir():
+            fail(f"{path}: is a folder; name the .onnx file in it, or make one with python export.py")
         if not Path(path).is_file():
             fail(f"{path}: no such file")
         if not isinstance(e, ValueError) and "onnxruntime" not in type(e).__module__ and type(e) is not RuntimeError:

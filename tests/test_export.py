@@ -279,3 +279,9 @@ def test_a_missing_package_is_named(capfd, monkeypatch):
     monkeypatch.setitem(importlib.sys.modules, "onnx", None)
     monkeypatch.setattr("sys.argv", ["export.py", "run"])
     assert "requirements.txt" in error_of(capfd, export.main)
+
+
+def test_an_onnx_file_is_no_checkpoint(capfd):
+    train(dcgan, "--max_steps", 1)
+    exported()
+    assert "model.onnx: is no checkpoint but an ONNX file" in error_of(capfd, lambda: exported("model.onnx"))

@@ -422,7 +422,7 @@ def test_errors_in_python_and_cpp(capfd, cpp):
     before = sorted(os.listdir("."))
     cases = [
         (["nope.onnx"], "nope.onnx: no such file"),
-        (["directory.onnx"], "directory.onnx: no such file"),
+        (["directory.onnx"], "directory.onnx: is a folder"),
         (["cut.onnx"], "cut.onnx: not an ONNX file that can be run, or damaged"),
         (["text.onnx"], "text.onnx: not an ONNX file"),
         (["empty.onnx"], "empty.onnx: not an ONNX file"),
