@@ -382,6 +382,26 @@ def test_two_processes_stop_together(ctrl_c):
     assert dcgan.load_checkpoint("run/checkpoint.pt")["step"] == rows("run")[-1]["step"] >= 4
 
 
+def test_a_signal_between_agreeing_and_acting():
+    """It comes to one process just after all have agreed to go on: that one must not leave alone."""
+    with open("late.py", "w") as f:
+        f.write(
+            f"import os, signal, sys\nsys.path.insert(0, {str(ROOT)!r})\nimport gan\n"
+            "agree, calls = gan.dist.all_reduce, []\n"
+            "def late(flag):\n"
+            "    agree(flag)\n"
+            "    calls.append(1)\n"
+            "    if os.environ['RANK'] == '1' and len(calls) == 5:\n"
+            "        os.kill(os.getpid(), signal.SIGTERM)\n"
+            "gan.dist.all_reduce = late\n"
+            "gan.main()\n"
+        )
+    argv = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "late.py", *TINY]
+    done = subprocess.run([*argv, "--out_dir", "run"], capture_output=True, text=True, timeout=100, check=False)
+    assert "go on with" in done.stdout
+    assert dcgan.load_checkpoint("run/checkpoint.pt")["step"] == 6
+
+
 def test_readme_tricks_recipe():
     """The training-tricks article's command, cut short, as a user types it."""
     done = command(
