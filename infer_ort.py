@@ -176,6 +176,7 @@ def open_session(path, provider="auto", device_id=0, threads=0, cuda_options=Non
 
 
 def create(ort, path, options, providers):
+    """A session, or one line about the file."""
     try:
         with contextlib.redirect_stdout(None):  # it prints how it falls back
             return ort.InferenceSession(str(path), options, providers=providers)
@@ -392,8 +393,10 @@ def generate(args):
         benchmark(gen, choice, args)
         return
     frames = args.interpolate or 1
-    n = args.n_samples or (64 if choice is None else 10 * len(choice)) // (1 if frames == 1 else 4 if choice is None
-                                                                           else 10)
+    if choice is None:
+        n = args.n_samples or (16 if args.interpolate else 64)
+    else:
+        n = args.n_samples or len(choice) * (1 if args.interpolate else 10)
     start = args.start
     name = "walk.gif" if args.interpolate else "samples.png" if args.walk_dim is None else f"walk_{args.walk_dim}.png"
     out = args.out or f"{Path(args.model).with_suffix('')}_{name}"
