@@ -45,7 +45,7 @@ def fail(message):
 
 class ArgumentParser(argparse.ArgumentParser):
     def error(self, message):
-        self.exit(2, f"{self.prog}: error: {message} (--help lists the flags)\n")
+        self.exit(2, f"{self.prog}: error: {' '.join(message.split())} (--help lists the flags)\n")
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
@@ -78,6 +78,8 @@ def get_args(argv=None):
     args.phases = args.precision != "fp16" if args.phases is None else args.phases
     if Path(args.checkpoint, "checkpoint.pt").exists():  # a run's folder stands for its last checkpoint
         args.checkpoint = str(Path(args.checkpoint, "checkpoint.pt"))
+    if not Path(args.checkpoint).name:
+        p.error(f"checkpoint {args.checkpoint!r}: give a file, or the folder of a run")
     if args.out is None:
         suffix = "" if args.precision == "fp32" else f"_{args.precision}"
         args.out = f"{Path(args.checkpoint).with_suffix('')}{suffix}.onnx"

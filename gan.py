@@ -13,6 +13,7 @@ that netD takes for real.
 import argparse
 import contextlib
 import copy
+import ctypes
 import datetime
 import errno
 import functools
@@ -44,16 +45,19 @@ from tqdm import tqdm
 
 SCRIPT = "gan"
 NEEDS_LABELS = False
-# name: (image size, channels, horizontal flips, learning rate: the paper's, but for a demonstration of 1,560 steps)
+# name: (image size, channels, horizontal flips)
 DATASETS = {
-    "digits": (32, 1, False, 5e-4),
-    "mnist": (32, 1, False, 2e-4),
-    "fashion_mnist": (32, 1, False, 2e-4),
-    "cifar10": (32, 3, True, 2e-4),
-    "celeba": (64, 3, True, 2e-4),
+    "digits": (32, 1, False),
+    "mnist": (32, 1, False),
+    "fashion_mnist": (32, 1, False),
+    "cifar10": (32, 3, True),
+    "celeba": (64, 3, True),
 }
-CHECKPOINT_KEYS = {"script", "args", "config", "classes", "netG", "netD", "netG_ema", "optG", "optD", "replay", "epoch",
-                   "position", "step"}
+# The embedded digits are a demonstration of a minute or two on two cores. All else has dcgan.py's learning rate.
+LR_DIGITS, EPOCHS_DIGITS, NDF_DIGITS = (5e-4, 5e-4), 20, 64
+CHECKPOINT_KEYS = {"script": str, "args": dict, "config": dict, "classes": list, "netG": dict, "netD": dict,
+                   "netG_ema": dict, "optG": dict, "optD": dict, "replay": (list, type(None)), "epoch": int,
+                   "position": int, "step": int}
 # What --resume cannot change.
 FIXED_BY_CHECKPOINT = ("nz", "ngf", "ndf", "nc", "img_size", "sn", "optim_g", "optim_d", "beta1", "beta2")
 
@@ -74,7 +78,7 @@ def fail(message):
 
 class ArgumentParser(argparse.ArgumentParser):
     def error(self, message):
-        self.exit(2, f"{self.prog}: error: {message} (--help lists the flags)\n")
+        self.exit(2, f"{self.prog}: error: {' '.join(message.split())} (--help lists the flags)\n")
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
@@ -93,6 +97,19 @@ def number(kind, low, high=math.inf):
 
     parse.__name__ = kind.__name__
     return parse
+
+
+def as_flags(p, saved):
+    """The command line that stands for a checkpoint's arguments: what was tampered with is refused as if typed."""
+    flags = []
+    for name, value in saved.items():
+        if value is True or (value is False and f"--no-{name}" in p.format_help()):
+            flags.append(f"--{name}" if value else f"--no-{name}")
+        elif isinstance(value, list):
+            flags += [f"--{name}", *map(str, value)]
+        elif value is not None and value is not False:
+            flags.append(f"--{name}={value}")
+    return flags
 
 
 def get_args(argv=None):
@@ -114,7 +131,7 @@ def get_args(argv=None):
     g = p.add_argument_group("model")
     g.add_argument("--nz", type=number(int, 1), default=100, help="size of the latent vector")
     g.add_argument("--ngf", type=number(int, 1), default=64, help="width of netG")
-    g.add_argument("--ndf", type=number(int, 1), default=64, help="width of netD")
+    g.add_argument("--ndf", type=number(int, 1), help=f"width of netD (default: 64; for digits {NDF_DIGITS})")
     g.add_argument("--init", choices=("dcgan", "he", "xavier"), default="he",
                    help="dcgan: N(0, 0.02), from which perceptrons tend to collapse")
     g.add_argument("--sn", action="store_true", help="spectral norm in netD")
@@ -122,13 +139,14 @@ def get_args(argv=None):
     g.add_argument("--ema", type=number(float, 0, 1), default=0.999, help="decay of netG's average, which is sampled")
 
     g = p.add_argument_group("optimisation")
-    g.add_argument("--epochs", type=number(int, 1), default=5, help="passes over the data")
+    g.add_argument("--epochs", type=number(int, 1),
+                   help=f"passes over the data (default: 5; for digits {EPOCHS_DIGITS})")
     g.add_argument("--max_steps", type=number(int, 1), help="stop after this many steps, wherever the epoch is")
     g.add_argument("--batch_size", type=number(int, 1), default=64, help="images per process and step")
     g.add_argument("--loss", choices=("bce", "hinge"), default="bce", help="bce: non-saturating cross-entropy")
-    g.add_argument("--lr", type=number(float, 0), help="learning rate of both nets (default: 2e-4; for digits 5e-4)")
-    g.add_argument("--lr_g", type=number(float, 0), help="learning rate of netG (default: --lr)")
-    g.add_argument("--lr_d", type=number(float, 0), help="learning rate of netD (default: --lr)")
+    g.add_argument("--lr", type=number(float, 0), help="learning rate of both nets (default: 2e-4)")
+    g.add_argument("--lr_g", type=number(float, 0), help=f"of netG (default: --lr, or for digits {LR_DIGITS[0]})")
+    g.add_argument("--lr_d", type=number(float, 0), help=f"of netD (default: --lr, or for digits {LR_DIGITS[1]})")
     g.add_argument("--beta1", type=number(float, 0, 0.9999), default=0.5, help="Adam's first-moment decay")
     g.add_argument("--beta2", type=number(float, 0, 0.9999), default=0.999, help="Adam's second-moment decay")
     g.add_argument("--optim_g", choices=("adam", "rmsprop"), default="adam", help="optimizer of netG")
@@ -181,13 +199,16 @@ def get_args(argv=None):
     if args.resume:
         path = newest_checkpoint(args.out_dir) if args.resume == "newest" else args.resume
         saved = load_checkpoint(path, SCRIPT)["args"]
-        saved = {k: v for k, v in saved.items() if k not in ("resume", "out_dir", "max_steps")}
-        args = p.parse_args(argv, argparse.Namespace(**saved))
+        saved = {k: saved.get(k) for k in vars(args) if k not in ("resume", "out_dir", "max_steps")}
+        args = p.parse_args([*as_flags(p, saved), *(sys.argv[1:] if argv is None else argv)])
         args.resume, args.out_dir = path, args.out_dir or str(Path(path).parent)
         for flag in FIXED_BY_CHECKPOINT:
             if getattr(args, flag) != saved.get(flag):
                 p.error(f"--{flag} {getattr(args, flag)}: {path} was trained with {saved.get(flag)}, "
                         f"and --resume cannot change it; leave --{flag} out, or start a new run")
+    digits = args.dataset == "digits"
+    args.ndf = args.ndf or (NDF_DIGITS if digits else 64)
+    args.epochs = args.epochs or (EPOCHS_DIGITS if digits else 5)
     if args.loss == "hinge" and (args.real_label, args.fake_label) != (1, 0):
         p.error("--real_label and --fake_label are targets of --loss bce; the hinge loss has none")
     if args.interpolate and args.walk_dim is not None:
@@ -590,7 +611,7 @@ def write_cache(f, source, key, workers, quiet):
 
 
 def load_data(args, quiet=False):
-    """Decodes --dataset once. Fills in args.img_size, args.nc, args.hflip and args.lr where they are None.
+    """Decodes --dataset once. Fills in args.img_size, args.nc and args.hflip where they are None.
 
     Returns images, uint8 (N, H, W, C), memory-mapped; labels, int64 (N) or None; and the names of the classes.
     """
@@ -600,11 +621,10 @@ def load_data(args, quiet=False):
     if NEEDS_LABELS and not source.labels:
         fail(f"--dataset {args.dataset}: no labels in it, and {SCRIPT}.py learns from them; "
              "put the images into one folder per class, or give celeba's --attr")
-    size, nc, hflip, lr = DATASETS.get(args.dataset) or (*look_at(source), False, 2e-4)
+    size, nc, hflip = DATASETS.get(args.dataset) or (*look_at(source), False)
     args.img_size = source.size = size if args.img_size is None else args.img_size
     args.nc = source.nc = args.nc or nc
     args.hflip = hflip if args.hflip is None else args.hflip
-    args.lr = lr if args.lr is None else args.lr
     key = f"{source.key}, {args.img_size}x{args.nc}, format 2"
     place = args.dataset if args.dataset in DATASETS else str(Path(args.dataset).resolve())
     identity = zlib.crc32(f"{place} {Path(args.data_dir).resolve()} {args.max_images}".encode())
@@ -774,8 +794,11 @@ def load_checkpoint(path, script=None):
              "loaded is a state dict: torch.save(netG.state_dict(), FILE)")
     except Exception as e:  # noqa: BLE001  damaged files make torch raise nearly anything
         fail(f"{path}: cannot be read, truncated or not a PyTorch checkpoint ({one_line(e)})")
-    if isinstance(ckpt, dict) and "script" in ckpt and not CHECKPOINT_KEYS <= ckpt.keys():
-        fail(f"{path}: incomplete, it lacks {', '.join(sorted(CHECKPOINT_KEYS - ckpt.keys()))}")
+    if isinstance(ckpt, dict) and "script" in ckpt:
+        wrong = [k for k, kind in CHECKPOINT_KEYS.items() if not isinstance(ckpt.get(k, NotImplemented), kind)
+                 or (kind is int and ckpt[k] < 0)]
+        if wrong:
+            fail(f"{path}: incomplete or tampered with, {', '.join(wrong)} missing or not what this script wrote")
     if script and not (isinstance(ckpt, dict) and ckpt.get("script") == script):
         fail(f"{path}: {script}.py cannot go on from it, "
              + (f"{ckpt['script']}.py wrote it" if isinstance(ckpt, dict) and "script" in ckpt else "it holds no run"))
@@ -803,10 +826,15 @@ def load_generator(path, weights="ema"):
             fail(f"{path}: no generator of {SCRIPT}.py in it; looked at the top and under {', '.join(keys)}")
     try:
         check_img_size(config["img_size"])
-        netG = Generator(**config)
-        netG.load_state_dict(state)
-    except (RuntimeError, TypeError, KeyError, AttributeError) as e:
-        fail(f"{path}: its tensors do not fit {SCRIPT}.py's generator: {str(e).splitlines()[-1].strip()[:200]}")
+        with torch.device("meta"):  # no memory yet: a file can claim any size
+            netG = Generator(**config)
+        netG.load_state_dict(state, assign=True)
+        netG.float()
+    except (RuntimeError, TypeError, KeyError, AttributeError, ValueError, OverflowError) as e:
+        reason = str(e).rpartition(":\n")[2]  # PyTorch's first line only says that something is wrong
+        fail(f"{path}: its tensors do not fit {SCRIPT}.py's generator: {one_line(reason)}")
+    if not all(t.isfinite().all() for t in netG.state_dict().values()):
+        fail(f"{path}: holds weights that are not finite; its training diverged, take an earlier checkpoint")
     return netG.eval(), ckpt
 
 
@@ -837,10 +865,34 @@ def use_bf16(precision, device):
     return precision == "bf16"
 
 
+def keep_freed_memory():
+    """glibc gives large blocks back to the system at once; each step would page them in again, 6 % of its time here."""
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
+    if mallopt:
+        M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
+        mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
+        mallopt(M_MMAP_THRESHOLD, 2**30) or mallopt(M_MMAP_THRESHOLD, 2**25)  # older ones take at most 32 MiB
+
+
 def make_optimizer(net, kind, lr, betas, device):
     if kind == "rmsprop":
         return torch.optim.RMSprop(net.parameters(), lr)
     return torch.optim.Adam(net.parameters(), lr, betas, fused=device.type in ("cpu", "cuda"))
+
+
+def learning_rates(args):
+    """Of netG and netD: --lr_g and --lr_d, else --lr, else what suits the data set."""
+    default = LR_DIGITS if args.dataset == "digits" else (2e-4, 2e-4)
+    given = ((args.lr_g, args.lr, default[0]), (args.lr_d, args.lr, default[1]))
+    return [next(lr for lr in rates if lr is not None) for rates in given]
+
+
+def load_optimizer(opt, saved):
+    """The moments of a checkpoint; rates and the rest come from the flags."""
+    opt.load_state_dict({"state": saved["state"], "param_groups": opt.state_dict()["param_groups"]})
+    for weight, state in opt.state.items():
+        if any(t.shape not in ((), weight.shape) for t in state.values()):
+            raise ValueError(f"its optimizer's state is not that of a weight {tuple(weight.shape)}")
 
 
 def lr_factor(kind, progress):
@@ -861,6 +913,19 @@ def new_out_dir(args):
     return out
 
 
+def lock(out_dir):
+    """A file that keeps other processes from training into the folder until it is closed or this process ends."""
+    f = open(out_dir / ".lock", "w")  # noqa: SIM115
+    with contextlib.suppress(ImportError):
+        import fcntl  # not on Windows
+
+        try:
+            fcntl.lockf(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            fail(f"--out_dir {out_dir}: another run is writing into it; stop that one, or name another folder")
+    return f
+
+
 def train(args):
     """Trains until --epochs, --max_steps or a signal; everything is in args.out_dir afterwards."""
     # torchrun sets these; one process otherwise.
@@ -872,6 +937,7 @@ def train(args):
     bf16 = use_bf16(args.precision, device)
 
     torch.backends.cudnn.benchmark = True
+    keep_freed_memory()
     out_dir = new_out_dir(args)
 
     # One process downloads and decodes; then one on each other machine; the rest find what those have cached.
@@ -900,8 +966,9 @@ def train(args):
     netD.to(device, memory_format=torch.channels_last)
     netG_ema = copy.deepcopy(netG).eval().requires_grad_(False)
     betas = (args.beta1, args.beta2)
-    optG = make_optimizer(netG, args.optim_g, args.lr, betas, device)
-    optD = make_optimizer(netD, args.optim_d, args.lr, betas, device)
+    lr_g, lr_d = learning_rates(args)
+    optG = make_optimizer(netG, args.optim_g, lr_g, betas, device)
+    optD = make_optimizer(netD, args.optim_d, lr_d, betas, device)
     replay = Replay(8 * args.batch_size, args.replay)
     epoch = position = step = 0  # position: images of this epoch that are done, over all processes
 
@@ -913,12 +980,15 @@ def train(args):
             netG.load_state_dict(ckpt["netG"])
             netD.load_state_dict(ckpt["netD"])
             netG_ema.load_state_dict(ckpt["netG_ema"])
-            optG.load_state_dict(ckpt["optG"])
-            optD.load_state_dict(ckpt["optD"])
+            load_optimizer(optG, ckpt["optG"])
+            load_optimizer(optD, ckpt["optD"])
             epoch, position, step = ckpt["epoch"], ckpt["position"], ckpt["step"]
             replay.store = ckpt["replay"] and [t.to(device) for t in ckpt["replay"]]
-        except (KeyError, RuntimeError, ValueError) as e:
-            fail(f"{args.resume}: does not fit this run: {str(e).splitlines()[-1].strip()[:200]}")
+            if replay.store and replay.store[0].shape[1:] != (args.nc, args.img_size, args.img_size):
+                raise ValueError(f"its old fakes are {tuple(replay.store[0].shape)}")
+        except (KeyError, RuntimeError, ValueError, TypeError, AttributeError, IndexError) as e:
+            reason = str(e).rpartition(":\n")[2]
+            fail(f"{args.resume}: does not fit this run: {one_line(reason)}")
         if epoch >= args.epochs:
             fail(f"--epochs {args.epochs}: {args.resume} has done {epoch}; go on with --epochs {epoch + 10}, say")
         if step >= (args.max_steps or math.inf):
@@ -941,6 +1011,7 @@ def train(args):
     if rank == 0:
         try:
             out_dir.mkdir(parents=True, exist_ok=True)
+            lock_file = lock(out_dir)
             for leftover in out_dir.glob(".*.tmp"):  # of a run that was killed while saving
                 leftover.unlink()
             some = np.random.default_rng(args.seed).permutation(len(images))[:64]
@@ -1026,8 +1097,7 @@ def train(args):
         if args.hflip:
             real = torch.where(torch.rand(len(real), 1, 1, 1, device=device) < 0.5, real.flip(3), real)
         factor = lr_factor(args.lr_decay, (epoch + position / len(images)) / args.epochs)
-        optG.param_groups[0]["lr"] = factor * (args.lr if args.lr_g is None else args.lr_g)
-        optD.param_groups[0]["lr"] = factor * (args.lr if args.lr_d is None else args.lr_d)
+        optG.param_groups[0]["lr"], optD.param_groups[0]["lr"] = factor * lr_g, factor * lr_d
         g_step = step >= args.pretrain_d and (step + 1) % args.d_steps == 0
 
         # D step: tell real from fake.
@@ -1074,6 +1144,7 @@ def train(args):
             if rank == 0:
                 place = {"step": step, "epoch": epoch + position / len(images), "time": time.time(),
                          "lr_g": optG.param_groups[0]["lr"], "lr_d": optD.param_groups[0]["lr"]}
+                out_dir.mkdir(parents=True, exist_ok=True)  # somebody may have moved it away
                 with open(out_dir / "log.jsonl", "a") as log:
                     log.write(json.dumps(place | row) + "\n")
             for k, v in row.items() if writer else ():
@@ -1097,6 +1168,7 @@ def train(args):
             save_gif([Image.open(f).convert("RGB") for f in frames], out_dir / "samples.gif", ms=200)
         if writer:
             writer.close()
+        lock_file.close()
         last = out_dir / "checkpoint.pt"
         print(f"stopped at step {step}; go on with: python {SCRIPT}.py --resume {last}" if stop else
               f"done: {last}, {out_dir / 'samples.gif'}; more pictures: python {SCRIPT}.py --sample {last}")

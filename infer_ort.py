@@ -37,7 +37,7 @@ def fail(message):
 
 class ArgumentParser(argparse.ArgumentParser):
     def error(self, message):
-        self.exit(2, f"{self.prog}: error: {message} (--help lists the flags)\n")
+        self.exit(2, f"{self.prog}: error: {' '.join(message.split())} (--help lists the flags)\n")
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):

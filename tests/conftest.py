@@ -40,6 +40,21 @@ TINY = [
 ]
 
 
+def pytest_addoption(parser):
+    parser.addoption("--slow", action="store_true", help="the long versions of loops too")
+
+
+def pytest_configure(config):
+    config.addinivalue_line("markers", "slow: the long version of a loop, with --slow only")
+
+
+def pytest_collection_modifyitems(config, items):
+    if not config.getoption("--slow"):
+        long = [item for item in items if item.get_closest_marker("slow")]
+        config.hook.pytest_deselected(items=long)
+        items[:] = [item for item in items if item not in long]
+
+
 @pytest.fixture(params=SCRIPTS)
 def script(request):
     """Each of the three scripts in turn, as a module."""

@@ -1,10 +1,16 @@
 """The benchmarks run from one command and print a row for each thing they compare; their figures are not judged here."""
 
+import json
 import subprocess
 import sys
+from pathlib import Path
 
-from conftest import ROOT, train
+import numpy as np
+import pytest
+from conftest import ROOT, command, train
+from PIL import Image
 
+import acgan
 import dcgan
 
 
@@ -44,3 +50,69 @@ def test_inference():
         assert all(first_number(cell) > 0 for cell in table[names.index(name)][2:5])
     program = table[names.index("infer_ort.py")]
     assert all(first_number(cell) > 0 for cell in program[2:6])
+
+
+def test_quality():
+    """Real pictures score better than noise; one digit again and again, and copies, are seen for what they are."""
+    source = dcgan.ImageSource(list(range(2 * 10**6, 2 * 10**6 + 500)), [], [], "")
+    source.size, source.nc = 16, 1
+    real = np.stack([source.decode(i) for i in range(500)])
+    np.savez("real.npz", real, labels=np.arange(500) % 10)
+    np.savez("wrong.npz", real, labels=(np.arange(500) + 1) % 10)
+    np.savez("threes.npz", real[np.arange(500) // 10 * 10 + 3])
+    np.savez("noise.npz", np.random.default_rng(0).integers(0, 256, real.shape, np.uint8))
+    source.items = list(range(500))  # of the training set
+    np.savez("copies.npz", np.stack([source.decode(i) for i in range(500)]))
+    train(dcgan, "--max_steps", 1, "--nc", 1)
+    files = [f"{name}.npz" for name in ("real", "wrong", "threes", "noise", "copies")]
+    argv = ["--n_samples", 500, "--epochs", 1, "--cache", ".", "--json", "s.json", "--neighbours", "n.png"]
+    table = rows("quality.py", *files, "run", "--dataset", "digits", *argv)
+    told = json.loads(Path("s.json").read_text())
+    assert told["accuracy"] > 0.95
+    scores = told["scores"]
+    assert [row[0] for row in table[2:]] == list(scores) == ["real training images", *files, "run"]
+    assert scores["real.npz"]["asked"] > 0.95
+    assert scores["wrong.npz"]["asked"] < 0.05
+    assert scores["real.npz"]["FID"] < scores["threes.npz"]["FID"]
+    assert scores["real.npz"]["FID"] < scores["noise.npz"]["FID"] / 10
+    assert scores["real.npz"]["classes"] > 9.9
+    assert scores["threes.npz"]["classes"] < 1.5
+    assert scores["threes.npz"]["recall"] < scores["real.npz"]["recall"]
+    assert scores["noise.npz"]["precision"] < 0.1 < scores["real.npz"]["precision"]
+    assert scores["copies.npz"]["copying"] == pytest.approx(0, abs=1e-3)
+    assert 0.5 < scores["real.npz"]["copying"] < 2
+    assert scores["run"]["sure"] <= 1
+    assert Image.open("n.png").size[0] > 9 * 16
+
+
+def test_quality_compares_a_checkpoint_with_its_onnx_file():
+    """The same latents, the same scores, whoever computes the pictures."""
+    train(acgan, "--max_steps", 1, "--nc", 1)
+    assert command("export", "run", "-o", "m.onnx").returncode == 0
+    argv = ["--n_samples", 100, "--epochs", 1, "--cache", ".", "--json", "s.json"]
+    rows("quality.py", "run", "m.onnx", "--dataset", "digits", *argv)
+    scores = json.loads(Path("s.json").read_text())["scores"]
+    assert scores["run"]["FID"] == pytest.approx(scores["m.onnx"]["FID"], rel=1e-2)
+    assert scores["run"]["asked"] == scores["m.onnx"]["asked"]
+
+
+@pytest.mark.parametrize(
+    ("argv", "said"),
+    [
+        (["none.npz", "--dataset", "digits"], "none.npz: no .npz of samples"),
+        (["bad.npz", "--dataset", "digits"], "bad.npz: arr_0 is float64"),
+        (["ok.npz", "--dataset", "digits", "--n_samples", "3"], "--n_samples 3: too few"),
+        (["ok.npz", "--dataset", "nowhere"], "--dataset nowhere: no such folder"),
+        (["ok.npz", "other.npz", "--dataset", "digits"], "different sizes"),
+        (["none.pt", "--dataset", "digits"], "none.pt: no such file"),
+    ],
+)
+def test_quality_refuses(argv, said):
+    np.savez("bad.npz", np.zeros((200, 16, 16, 1)))
+    np.savez("ok.npz", np.zeros((200, 16, 16, 1), np.uint8))
+    np.savez("other.npz", np.zeros((200, 32, 32, 1), np.uint8))
+    done = command("benchmarks/quality", *argv)
+    assert done.returncode in (1, 2)
+    assert said in done.stderr
+    assert done.stderr.startswith("quality.py: error:")
+    assert "Traceback" not in done.stderr

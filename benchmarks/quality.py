@@ -1,0 +1,339 @@
+"""How good a generator's pictures are: distances to real ones, variety, classes, and whether they are copies.
+
+    python benchmarks/quality.py runs/dcgan-mnist --dataset mnist
+    python benchmarks/quality.py runs/acgan-mnist fp32.onnx int8.onnx samples.npz --dataset mnist --json scores.json
+    python benchmarks/quality.py runs/dcgan-celeba --dataset celeba --inception    # no labels: Inception's features only
+
+A small convolutional classifier is trained once on the data set's training images (a fixed seed, a minute or two on two
+cores, kept under --cache), and its 128 penultimate features are compared, samples against test images:
+
+- FID: Frechet distance of the features (Heusel et al. 2017). Its scale is this classifier's: compare within one table,
+  and with the floor, which is the distance of real training images from the test images.
+- precision, recall (Kynkaanniemi et al. 2019), density, coverage (Naeem et al. 2020): how much of what is generated is
+  like real images, and how much of the real is generated; 5 nearest neighbours.
+- classes: e to the entropy of the classes found, 10.0 for ten equally frequent ones; few mean mode collapse.
+- sure: share of pictures that the classifier gives a class at 0.8 or more.
+- asked: share of pictures that show the class that was asked for (conditional generators).
+- copying: median distance of a sample from the nearest training image, over that of a test image. Far below 1: copies.
+
+Data without a test split (a folder, a .zip) loses a fixed tenth of its images, at most 10,000, to one; the generator has
+learnt from these too.
+"""
+
+import argparse
+import hashlib
+import json
+import math
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import nn
+from tqdm import tqdm
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import export
+import gan
+
+PROGRAM = "quality.py"
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def fail(message):
+    """Ends the program with one line for the user: exit code 2 if the message begins with a flag, 1 otherwise."""
+    print(f"{PROGRAM}: error: {message}", file=sys.stderr)
+    sys.exit(2 if message.startswith("--") else 1)
+
+
+def get_args():
+    p = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False,
+                                formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    p.add_argument("sources", nargs="+", metavar="SOURCE", help="checkpoints, run folders, .onnx files, .npz of samples")
+    p.add_argument("--dataset", required=True, help="what the generators were trained on, as for the training scripts")
+    p.add_argument("--data_dir", default="./data", help="where data sets are found")
+    p.add_argument("--n_samples", type=int, default=10000, help="pictures of each generator")
+    p.add_argument("--seed", type=int, default=0, help="of the latents")
+    p.add_argument("--weights", choices=("ema", "raw"), default="ema", help="of checkpoints")
+    p.add_argument("--epochs", type=int, default=6, help="of the classifier")
+    p.add_argument("--cache", default="./data/cache", help="folder that keeps the classifiers")
+    p.add_argument("--inception", action="store_true",
+                   help="also Inception-FID and KID (torchmetrics; pip install torch-fidelity, which downloads weights)")
+    p.add_argument("--neighbours", metavar="FILE.png", help="some samples, each beside its nearest training images")
+    p.add_argument("--json", metavar="FILE", help="write the scores there")
+    return p.parse_args()
+
+
+# ------------------------------------------------------------------------------------------------------- images
+
+
+def samples_of(source, args):
+    """uint8 (n, H, W, C) pictures, and the labels that were asked for (n) or None."""
+    path, n = Path(source), args.n_samples
+    if path.suffix == ".npz":
+        try:
+            with np.load(path) as z:
+                images, labels = z["arr_0"][:n], z["labels"][:n] if "labels" in z else None
+        except (OSError, ValueError, KeyError) as e:
+            fail(f"{path}: no .npz of samples with arr_0 in it ({e})")
+        if images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] not in (1, 3):
+            fail(f"{path}: arr_0 is {images.dtype} {images.shape}; it should be uint8 (n, height, width, 1 or 3)")
+        return images, labels
+    if path.suffix == ".onnx":
+        import infer_ort
+
+        netG = infer_ort.Generator(path)
+        labels = np.arange(n) % netG.n_classes if netG.n_classes else None
+        parts = [slice(i, min(i + 64, n)) for i in range(0, n, 64)]
+        return np.concatenate([netG(infer_ort.latents(args.seed, s.start, s.stop - s.start, netG.nz),
+                                    None if labels is None else labels[s]) for s in progress(parts, source)]), labels
+    script, netG, _ = export.load(str(path / "checkpoint.pt" if path.is_dir() else path), args.weights)
+    inputs = export.draw(script, netG.to(DEVICE), args.seed, 0, n)
+    parts = [slice(i, min(i + 500, n)) for i in range(0, n, 500)]
+    images = [script.generate(netG, [x[s] for x in inputs.values()]) for s in progress(parts, source)]
+    return np.concatenate(images), inputs.get("labels")
+
+
+def progress(items, what):
+    return tqdm(items, desc=str(what)[-30:], leave=False, dynamic_ncols=True)
+
+
+def real_images(args, img_size, nc):
+    """((images, labels) of training, (images, labels) of test, class names); images uint8 (N, H, W, C), labels or None."""
+    flags = ["--dataset", args.dataset, "--data_dir", args.data_dir, "--img_size", str(img_size), "--nc", str(nc)]
+    gan.SCRIPT = PROGRAM.removesuffix(".py")  # whose errors these are
+    images, labels, classes = gan.load_data(gan.get_args(flags))
+    if args.dataset == "digits":
+        items = list(range(10**6, 10**6 + 10000))  # drawn as the training images are, and none of them
+        test = gan.ImageSource(items, [i % 10 for i in items], classes, "")
+    elif args.dataset in ("mnist", "fashion_mnist", "cifar10"):
+        from torchvision import datasets
+
+        cls = {"mnist": datasets.MNIST, "fashion_mnist": datasets.FashionMNIST, "cifar10": datasets.CIFAR10}
+        try:
+            data = cls[args.dataset](args.data_dir, train=False, download=True)
+        except (OSError, RuntimeError) as e:
+            fail(f"--dataset {args.dataset}: no test split under {args.data_dir} ({gan.one_line(e)})")
+        test = gan.ImageSource(np.ascontiguousarray(data.data), [int(t) for t in data.targets], classes, "")
+    else:
+        order = np.random.default_rng(0).permutation(len(images))
+        n = min(10000, len(images) // 10)
+        held, kept = np.sort(order[:n]), np.sort(order[n:])
+        pick = [(images[k], None if labels is None else labels[k]) for k in (kept, held)]
+        return *pick, classes
+    test.size, test.nc = img_size, nc
+    decoded = np.stack([test.decode(i) for i in progress(range(len(test.items)), "test images")])
+    return (images, labels), (decoded, np.array(test.labels)), classes
+
+
+# --------------------------------------------------------------------------------------------------- classifier
+
+
+class Classifier(nn.Module):
+    """(N, nc, H, W) in [-1, 1] -> (N, n_classes) logits; features(): (N, 128)."""
+
+    def __init__(self, nc, n_classes):
+        super().__init__()
+
+        def block(n_in, n_out, stride):
+            return [nn.Conv2d(n_in, n_out, 3, stride, 1, bias=False), nn.BatchNorm2d(n_out), nn.ReLU(True)]
+
+        self.body = nn.Sequential(*block(nc, 32, 1), *block(32, 64, 2), *block(64, 128, 2), *block(128, 128, 2),
+                                  nn.AdaptiveAvgPool2d(4), nn.Flatten(), nn.Dropout(0.2), nn.Linear(2048, 128),
+                                  nn.ReLU(True))
+        self.head = nn.Linear(128, n_classes)
+
+    def features(self, x):
+        return self.body(x)
+
+    def forward(self, x):
+        return self.head(self.body(x))
+
+
+def batches(images, size=500):
+    """float batches on the device, in order."""
+    for i in range(0, len(images), size):
+        yield gan.to_float(torch.from_numpy(np.array(images[i:i + size])), DEVICE)
+
+
+@torch.no_grad()
+def features_of(net, images):
+    """((n, 128) features, (n, n_classes) class probabilities) as float64 arrays."""
+    net.eval()
+    features, probabilities = [], []
+    for x in batches(images):
+        f = net.features(x)
+        features.append(f.double().cpu())
+        probabilities.append(net.head(f).softmax(1).double().cpu())
+    return torch.cat(features).numpy(), torch.cat(probabilities).numpy()
+
+
+def trained_classifier(train, test, n_classes, args):
+    """(Classifier, its accuracy on the test images), trained once for these images and kept in --cache."""
+    images, labels = train
+    content = hashlib.sha256(repr((images.shape, n_classes, args.epochs, 1)).encode())
+    for part in (np.ascontiguousarray(images[:: max(1, len(images) // 1000)]), labels):
+        content.update(part.tobytes())
+    file = Path(args.cache, f"classifier-{content.hexdigest()[:16]}.pt")
+    torch.manual_seed(0)
+    net = Classifier(images.shape[3], n_classes).to(DEVICE, memory_format=torch.channels_last)
+    if file.exists():
+        net.load_state_dict(torch.load(file, map_location=DEVICE, weights_only=True))
+    else:
+        size = 128
+        steps = max(1, len(images) // size)
+        bf16 = gan.use_bf16("auto", DEVICE)
+        opt = torch.optim.AdamW(net.parameters(), 3e-3, weight_decay=1e-2)
+        schedule = torch.optim.lr_scheduler.OneCycleLR(opt, 3e-3, total_steps=args.epochs * steps)
+        bar = tqdm(total=args.epochs * steps, desc="classifier", unit="step", dynamic_ncols=True)
+        for epoch in range(args.epochs):
+            order = np.random.default_rng((0, epoch)).permutation(len(images))[:steps * size]
+            for index in order.reshape(steps, -1):
+                x = gan.to_float(torch.from_numpy(images[index]), DEVICE)
+                y, x0 = torch.randint(5, (2,)).tolist()  # shifted by up to two pixels, a batch at a time
+                x = F.pad(x, (2, 2, 2, 2), "replicate")[..., y:y + x.shape[2], x0:x0 + x.shape[3]]
+                with torch.autocast(DEVICE.type, torch.bfloat16, enabled=bf16):
+                    out = net(x)
+                loss = F.cross_entropy(out.float(), torch.from_numpy(labels[index]).to(DEVICE), label_smoothing=0.05)
+                opt.zero_grad()
+                loss.backward()
+                opt.step()
+                schedule.step()
+                bar.update()
+            bar.set_postfix(loss=f"{loss.item():.3f}")
+        bar.close()
+        with gan.atomic_write(file) as f:
+            torch.save(net.state_dict(), f)
+    _, p = features_of(net, test[0])
+    return net, float((p.argmax(1) == test[1]).mean())
+
+
+# ------------------------------------------------------------------------------------------------------- scores
+
+
+def frechet(a, b):
+    """Frechet distance of two sets of features (n, d), by torchmetrics in float64."""
+    from torchmetrics.image.fid import FrechetInceptionDistance
+
+    extractor = nn.Identity()  # these are features already
+    extractor.num_features = a.shape[1]
+    fid = FrechetInceptionDistance(extractor).set_dtype(torch.float64)
+    fid.update(torch.from_numpy(a), real=True)
+    fid.update(torch.from_numpy(b), real=False)
+    return float(fid.compute())
+
+
+def nearest(a, b, k):
+    """(n, k) distances of each of a (n, d) to its k nearest in b (m, d), and which they are."""
+    a, b = (torch.from_numpy(x).float().to(DEVICE) for x in (a, b))
+    found = [torch.cdist(part, b).topk(k, largest=False) for part in a.split(1000)]
+    return torch.cat([f.values for f in found]).cpu().numpy(), torch.cat([f.indices for f in found]).cpu().numpy()
+
+
+def precision_recall(real, fake, k=5):
+    """precision, recall (Kynkaanniemi et al. 2019, eq. 1 and 2), density, coverage (Naeem et al. 2020, eq. 3 and 5)."""
+    real, fake = (torch.from_numpy(x).float().to(DEVICE) for x in (real, fake))
+
+    def radii(x):  # to the k-th neighbour that is not the point itself
+        return torch.cat([torch.cdist(part, x).kthvalue(k + 1).values for part in x.split(1000)])
+
+    real_radius, fake_radius = radii(real), radii(fake)
+    inside, recalled, covered, n = 0, [], [], 0
+    for part, radius in zip(real.split(1000), real_radius.split(1000)):
+        d = torch.cdist(part, fake)  # (1000, number of fakes)
+        inside = inside + (d < radius[:, None]).sum(0)
+        recalled.append((d < fake_radius).any(1))
+        covered.append(d.min(1).values < radius)
+        n += len(part)
+    share = [(inside > 0).float(), torch.cat(recalled).float(), inside / k, torch.cat(covered).float()]
+    return dict(zip(("precision", "recall", "density", "coverage"), (float(x.mean()) for x in share)))
+
+
+def inception_scores(fake, test):
+    """Inception-FID and KID, mean of torchmetrics' subsets."""
+    try:
+        from torchmetrics.image.fid import FrechetInceptionDistance
+        from torchmetrics.image.kid import KernelInceptionDistance
+
+        size = min(1000, len(fake), len(test))
+        metrics = [FrechetInceptionDistance(normalize=False).to(DEVICE),
+                   KernelInceptionDistance(subset_size=size, normalize=False).to(DEVICE)]
+    except Exception as e:  # noqa: BLE001  no torch-fidelity, no network, a damaged file: the way out is one
+        fail(f"--inception: Inception's weights cannot be had ({gan.one_line(e)}); pip install torch-fidelity, and run "
+             "it once with network: they are downloaded and kept")
+    for images, real in ((test, True), (fake, False)):
+        for i in progress(range(0, len(images), 100), "Inception"):
+            x = torch.from_numpy(np.ascontiguousarray(images[i:i + 100])).permute(0, 3, 1, 2).to(DEVICE)
+            for metric in metrics:
+                metric.update(x.expand(-1, 3, -1, -1), real=real)
+    return {"Inception-FID": float(metrics[0].compute()), "KID": float(metrics[1].compute()[0])}
+
+
+def score(images, labels, reference):
+    """The scores of uint8 images (n, H, W, C), asked for as labels (n) or None, from the classifier's features."""
+    features, p = features_of(reference["net"], images)
+    found = p.argmax(1)
+    share = np.bincount(found, minlength=p.shape[1]) / len(found)
+    row = {"FID": frechet(reference["test"], features), **precision_recall(reference["test"], features),
+           "classes": math.exp(-sum(s * math.log(s) for s in share if s)), "sure": float((p.max(1) >= 0.8).mean())}
+    if labels is not None:
+        row["asked"] = float((found == labels).mean())
+    row["copying"] = float(np.median(nearest(features[:2000], reference["train"], 1)[0]) / reference["distance"])
+    return row | {"histogram": share.round(4).tolist()}, features
+
+
+def draw_neighbours(images, features, train, reference, path):
+    """A picture: ten samples, the first of each row, each with the eight training images that are nearest to it."""
+    chosen = np.arange(10)
+    _, index = nearest(features[chosen], reference["train"], 8)
+    rows = np.concatenate([np.concatenate((images[i:i + 1], train[j])) for i, j in zip(chosen, index)])
+    gan.save_image(gan.make_grid(rows, np.repeat(chosen, 9)), path)
+
+
+def main():
+    args = get_args()
+    export.fail = fail
+    if args.n_samples < 100:
+        fail(f"--n_samples {args.n_samples}: too few to judge; take 100 or more, 10000 to compare")
+    loaded = {source: samples_of(source, args) for source in dict.fromkeys(args.sources)}
+    shapes = {images.shape[1:] for images, _ in loaded.values()}
+    if len(shapes) > 1:
+        fail(f"{' '.join(args.sources)}: their pictures have different sizes, {sorted(shapes)}; score them one by one")
+    img_size, _, nc = shapes.pop()
+    train, test, classes = real_images(args, img_size, nc)
+    if train[1] is None and not args.inception:
+        fail(f"--dataset {args.dataset}: no labels, so no classifier; --inception compares without")
+    table, facts = {}, {"dataset": args.dataset, "n_samples": args.n_samples, "n_test": len(test[0])}
+    if train[1] is not None:
+        begin = time.perf_counter()
+        net, accuracy = trained_classifier(train, test, len(classes), args)
+        facts |= {"accuracy": accuracy, "classes": classes}
+        print(f"classifier: {accuracy:.2%} of {len(test[0])} test images right ({time.perf_counter() - begin:.0f} s)")
+        some = np.random.default_rng(1).permutation(len(train[0]))[:args.n_samples]
+        reference = {"net": net, "test": features_of(net, test[0])[0], "train": features_of(net, train[0])[0]}
+        reference["distance"] = np.median(nearest(reference["test"][:2000], reference["train"], 1)[0])
+        table["real training images"], _ = score(train[0][some], train[1][some], reference)
+        del table["real training images"]["copying"]  # they are the training images
+    for source, (images, labels) in loaded.items():
+        table[source] = {}
+        if train[1] is not None:
+            table[source], features = score(images, labels, reference)
+            if args.neighbours:
+                draw_neighbours(images, features, train[0], reference, args.neighbours)
+        if args.inception:
+            table[source] |= inception_scores(images, test[0])
+    columns = [k for k in dict.fromkeys(k for row in table.values() for k in row) if k != "histogram"]
+    print("| | " + " | ".join(columns) + " |\n|" + "---|" * (len(columns) + 1))
+    for source, row in table.items():
+        print(f"| {source} | " + " | ".join(f"{row[k]:.{2 if k in ('FID', 'classes') else 3}f}" if k in row else ""
+                                          for k in columns) + " |")
+    if args.json:
+        with gan.atomic_write(args.json) as f:
+            f.write(json.dumps(facts | {"scores": table}, indent=1).encode())
+
+
+if __name__ == "__main__":
+    main()
