@@ -54,7 +54,7 @@ DATASETS = {
     "celeba": (64, 3, True),
 }
 # Three minutes on two cores: the embedded digits are a demonstration. All else has the papers' learning rate.
-LR_DIGITS, EPOCHS_DIGITS, NDF_DIGITS = (4e-3, 1e-3), 10, 32
+LR_DIGITS, EPOCHS_DIGITS, NDF_DIGITS = (4e-3, 1e-3), 8, 32
 CHECKPOINT_KEYS = {"script": str, "args": dict, "config": dict, "classes": list, "netG": dict, "netD": dict,
                    "netG_ema": dict, "optG": dict, "optD": dict, "replay": (list, type(None)), "epoch": int,
                    "position": int, "step": int}

@@ -202,9 +202,13 @@ class Generator:
 
     def __init__(self, path, batch_size=64, **session):
         self.path, self.session = path, open_session(path, **session)
-        self.meta = self.session.get_modelmeta().custom_metadata_map
         self.provider = self.session.get_providers()[0]
         inputs, outputs = self.session.get_inputs(), self.session.get_outputs()
+        try:
+            self.meta = self.session.get_modelmeta().custom_metadata_map
+            self.names = [v.name for v in (*inputs, *outputs)]
+        except UnicodeDecodeError as e:
+            fail(f"{path}: damaged, a name or a text in it is not UTF-8 ({e.reason})")
         inputs.sort(key=lambda v: "int" in v.type)
         z, label = inputs[0], inputs[1] if len(inputs) > 1 else None
         shape = outputs[0].shape
