@@ -656,7 +656,7 @@ def load_data(args, quiet=False):
     args.hflip = hflip if args.hflip is None else args.hflip
     key = f"{source.key}, {args.img_size}x{args.nc}, format 2"
     place = args.dataset if args.dataset in DATASETS else str(Path(args.dataset).resolve())
-    identity = zlib.crc32(f"{place} {Path(args.data_dir).resolve()} {args.max_images}".encode())
+    identity = zlib.crc32(os.fsencode(f"{place} {Path(args.data_dir).resolve()} {args.max_images}"))
     name = f"{Path(place).stem}-{args.img_size}x{args.nc}-{identity:08x}.cache"
     user = os.getuid() if hasattr(os, "getuid") else os.environ.get("USERNAME", "")
     folders = [Path(args.data_dir, "cache"), Path(tempfile.gettempdir(), f"gan-cache-{user}")]
@@ -1233,6 +1233,7 @@ def train(args):
 
 
 def main():
+    sys.stdout.reconfigure(errors="backslashreplace")  # the name of a file need not be text
     args = get_args()
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # until train() has its own
     try:

@@ -85,6 +85,8 @@ def get_args(argv=None):
         args.out = f"{Path(args.checkpoint).with_suffix('')}{suffix}.onnx"
     if Path(args.out).suffix != ".onnx":
         p.error(f"--out {args.out}: give a name that ends in .onnx")
+    if any("\ud800" <= c <= "\udfff" for c in args.out):
+        p.error(f"--out {args.out}: ONNX Runtime opens no file whose name is not UTF-8; give another")
     return args
 
 
@@ -384,7 +386,8 @@ def export(args):
         model = quantize(model, groups, [draw(script, netG, args.seed, 2**40 + i, n) for i in range(0, max(n, 256), n)])
     strip(model)
     shape = [d.dim_value for d in model.graph.output[0].type.tensor_type.shape.dim]
-    onnx.helper.set_model_props(model, describe(args, script, netG, ckpt, shape))
+    facts = describe(args, script, netG, ckpt, shape)
+    onnx.helper.set_model_props(model, {k: v.encode(errors="backslashreplace").decode() for k, v in facts.items()})
     onnx.checker.check_model(model, full_check=True)
     tmp = out.with_name(f".{out.name}.{os.getpid()}.tmp")
     try:
@@ -415,6 +418,7 @@ def export(args):
 
 
 def main():
+    sys.stdout.reconfigure(errors="backslashreplace")  # the name of a file need not be text
     args = get_args()
     logging.disable(logging.WARNING)  # of torch.onnx and onnxruntime.quantization, about how they work inside
     try:

@@ -78,6 +78,8 @@ def get_args(argv=None):
     p.add_argument("--threads", type=number(int, 0), default=0, help="on the CPU; 0: one for each core")
     p.add_argument("--benchmark", action="store_true", help="measure batches of 1 to 256, write nothing")
     args = p.parse_args(argv)
+    if any("\ud800" <= c <= "\udfff" for c in args.model):
+        p.error(f"{args.model}: ONNX Runtime opens no file whose name is not UTF-8; rename it")
     if args.interpolate and args.walk_dim is not None:
         p.error("--interpolate and --walk_dim are two walks; choose one")
     if args.interpolate and args.start:
@@ -473,6 +475,7 @@ def benchmark(gen, choice, args):
 
 
 def main():
+    sys.stdout.reconfigure(errors="backslashreplace")  # the name of a file need not be text
     args = get_args()
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:

@@ -2,7 +2,7 @@
 
     python benchmarks/quality.py runs/dcgan-mnist --dataset mnist
     python benchmarks/quality.py runs/acgan-mnist fp32.onnx int8.onnx samples.npz --dataset mnist --json scores.json
-    python benchmarks/quality.py runs/dcgan-celeba --dataset celeba --inception    # no labels: Inception's features only
+    python benchmarks/quality.py runs/dcgan-celeba --dataset celeba --inception    # without labels
 
 A small convolutional classifier is trained once on the data set's training images (a fixed seed, a minute or two on two
 cores, kept under --cache), and its 128 penultimate features are compared, samples against test images:
@@ -16,8 +16,8 @@ cores, kept under --cache), and its 128 penultimate features are compared, sampl
 - asked: share of pictures that show the class that was asked for (conditional generators).
 - copying: median distance of a sample from the nearest training image, over that of a test image. Far below 1: copies.
 
-Data without a test split (a folder, a .zip) loses a fixed tenth of its images, at most 10,000, to one; the generator has
-learnt from these too.
+Data without a test split (a folder, a .zip) loses a fixed tenth of its images, at most 10,000, to one; the generator
+has learnt from these too.
 """
 
 import argparse
@@ -52,7 +52,7 @@ def fail(message):
 def get_args():
     p = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False,
                                 formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    p.add_argument("sources", nargs="+", metavar="SOURCE", help="checkpoints, run folders, .onnx files, .npz of samples")
+    p.add_argument("sources", nargs="+", metavar="SOURCE", help="checkpoints, run folders, .onnx, .npz of samples")
     p.add_argument("--dataset", required=True, help="what the generators were trained on, as for the training scripts")
     p.add_argument("--data_dir", default="./data", help="where data sets are found")
     p.add_argument("--n_samples", type=int, default=10000, help="pictures of each generator")
@@ -61,7 +61,7 @@ def get_args():
     p.add_argument("--epochs", type=int, default=6, help="of the classifier")
     p.add_argument("--cache", default="./data/cache", help="folder that keeps the classifiers")
     p.add_argument("--inception", action="store_true",
-                   help="also Inception-FID and KID (torchmetrics; pip install torch-fidelity, which downloads weights)")
+                   help="also Inception-FID and KID (pip install torch-fidelity, which downloads weights)")
     p.add_argument("--neighbours", metavar="FILE.png", help="some samples, each beside its nearest training images")
     p.add_argument("--json", metavar="FILE", help="write the scores there")
     return p.parse_args()
@@ -102,7 +102,7 @@ def progress(items, what):
 
 
 def real_images(args, img_size, nc):
-    """((images, labels) of training, (images, labels) of test, class names); images uint8 (N, H, W, C), labels or None."""
+    """((images, labels) of training, the same of test, class names); images uint8 (N, H, W, C), labels (N) or None."""
     flags = ["--dataset", args.dataset, "--data_dir", args.data_dir, "--img_size", str(img_size), "--nc", str(nc)]
     gan.SCRIPT = PROGRAM.removesuffix(".py")  # whose errors these are
     images, labels, classes = gan.load_data(gan.get_args(flags))

@@ -631,6 +631,45 @@ def test_a_million_samples_in_flat_memory():
         assert np.lib.format.read_array_header_1_0(f)[0] == (1000000, 16, 16, 1)
 
 
+@pytest.mark.skipif(sys.platform == "darwin", reason="its file names are text")
+def test_names_that_are_no_text():
+    """Folder, files and class names whose bytes are not UTF-8, from training to the pictures of the ONNX file."""
+    for k, name in enumerate((b"\xff", b"\xe9")):
+        folder = os.path.join(b"\xfe", name)
+        os.makedirs(folder)
+        for i in range(6):
+            picture(i + 10 * k, (16, 16)).save(os.fsdecode(folder + b"/%d\xe9.png" % i))
+    Path(os.fsdecode(b"\xfe/\xff/bad\xe9.png")).write_bytes(b"x")
+    flags = ["--img_size", "16", "--ngf", "4", "--ndf", "4", "--batch_size", "4", "--max_steps", "1", "--workers", "0"]
+    run = os.fsdecode(b"runs/acgan-\xfe")
+    for program, argv in (
+        ("acgan", ["--dataset", os.fsdecode(b"\xfe"), *flags]),
+        ("acgan", ["--resume", run, "--max_steps", "2"]),
+        ("acgan", ["--sample", run]),
+        ("export", [run, "-o", "x.onnx"]),
+        ("infer_ort", ["x.onnx", "--out", os.fsdecode(b"\xfc.npz")]),
+    ):
+        done = command(program, *argv)
+        assert done.returncode == 0, done.stderr
+    assert np.load(os.fsdecode(b"\xfc.npz"))["arr_0"].shape == (20, 16, 16, 3)
+    for program, argv in (("export", [run]), ("infer_ort", [os.fsdecode(b"\xfd.onnx")])):
+        done = command(program, *argv)
+        assert done.returncode == 2
+        assert "opens no file whose name is not UTF-8" in done.stderr
+
+
+@pytest.mark.parametrize("out", ["x.png", "x.npz", "folder/"])
+def test_no_room_for_infer_ort(out):
+    train(dcgan, "--max_steps", 1, "--nc", 3)
+    assert command("export", "run", "-o", "m.onnx").returncode == 0
+    assert ended(forked(infer_from, "m.onnx", "--n_samples", "100", "--out", out, limit=250), 60) in (1, 2)
+    said = Path("said.txt").read_text()
+    assert "cannot be written (" in said, said
+    assert "Traceback" not in said
+    assert not Path("x.png").exists()
+    assert not Path("x.npz").exists()
+
+
 # -------------------------------------------------------------------------------------------------- command lines
 
 VALUES = st.one_of(
