@@ -131,7 +131,7 @@ def get_args(argv=None):
     g = p.add_argument_group("model")
     g.add_argument("--nz", type=number(int, 1), default=100, help="size of the latent vector")
     g.add_argument("--ngf", type=number(int, 1), default=64, help="width of netG")
-    g.add_argument("--ndf", type=number(int, 1), help=f"width of netD (default: 64; for digits {NDF_DIGITS})")
+    g.add_argument("--ndf", type=number(int, 1), help="width of netD (default: 64, or what digits take)")
     g.add_argument("--init", choices=("dcgan", "he", "xavier"), default="he",
                    help="dcgan: N(0, 0.02), from which perceptrons tend to collapse")
     g.add_argument("--sn", action="store_true", help="spectral norm in netD")
@@ -139,14 +139,13 @@ def get_args(argv=None):
     g.add_argument("--ema", type=number(float, 0, 1), default=0.999, help="decay of netG's average, which is sampled")
 
     g = p.add_argument_group("optimisation")
-    g.add_argument("--epochs", type=number(int, 1),
-                   help=f"passes over the data (default: 5; for digits {EPOCHS_DIGITS})")
+    g.add_argument("--epochs", type=number(int, 1), help="passes over the data (default: 5, or what digits take)")
     g.add_argument("--max_steps", type=number(int, 1), help="stop after this many steps, wherever the epoch is")
     g.add_argument("--batch_size", type=number(int, 1), default=64, help="images per process and step")
     g.add_argument("--loss", choices=("bce", "hinge"), default="bce", help="bce: non-saturating cross-entropy")
     g.add_argument("--lr", type=number(float, 0), help="learning rate of both nets (default: 2e-4)")
-    g.add_argument("--lr_g", type=number(float, 0), help=f"of netG (default: --lr, or for digits {LR_DIGITS[0]})")
-    g.add_argument("--lr_d", type=number(float, 0), help=f"of netD (default: --lr, or for digits {LR_DIGITS[1]})")
+    g.add_argument("--lr_g", type=number(float, 0), help="learning rate of netG (default: --lr, or what digits take)")
+    g.add_argument("--lr_d", type=number(float, 0), help="learning rate of netD (default: --lr, or what digits take)")
     g.add_argument("--beta1", type=number(float, 0, 0.9999), default=0.5, help="Adam's first-moment decay")
     g.add_argument("--beta2", type=number(float, 0, 0.9999), default=0.999, help="Adam's second-moment decay")
     g.add_argument("--optim_g", choices=("adam", "rmsprop"), default="adam", help="optimizer of netG")
