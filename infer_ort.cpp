@@ -476,6 +476,7 @@ int main(int argc, char** argv) {
   } catch (const std::exception& e) {
     message = e.what();
   }
+  std::replace(message.begin(), message.end(), '\n', ' ');  // a file's name may hold one
   std::cerr << "infer_ort: error: " << message << std::endl;
   return message.rfind("--", 0) == 0 ? 2 : 1;
 }

@@ -26,7 +26,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, SCRIPTS, TINY, command, picture, train
+from conftest import ROOT, SCRIPTS, TINY, assert_same_state, command, picture, train
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -102,28 +102,6 @@ def run(name, out, *argv):
     resume = ["--resume"] if Path(out, "checkpoint.pt").exists() else []
     flags = [*TINY, "--out_dir", out, "--epochs", 5, "--save_interval", 1, *argv, *resume]
     script.train(script.get_args(list(map(str, flags))))
-
-
-def assert_same_state(a, b):
-    """Every tensor and number of two checkpoints, but for the arguments, which name their folders."""
-    assert a.keys() == b.keys()
-
-    def same(x, y, where):
-        if isinstance(x, torch.Tensor):
-            assert torch.equal(x, y), where
-        elif isinstance(x, dict):
-            assert x.keys() == y.keys(), where
-            for k in x:
-                same(x[k], y[k], f"{where}.{k}")
-        elif isinstance(x, list | tuple):
-            assert len(x) == len(y), where
-            for k, (p, q) in enumerate(zip(x, y)):
-                same(p, q, f"{where}[{k}]")
-        else:
-            assert x == y, where
-
-    for key in a.keys() - {"args"}:
-        same(a[key], b[key], key)
 
 
 @pytest.mark.parametrize(
@@ -425,8 +403,11 @@ def infer_from(path, *argv):
 
 
 @pytest.mark.parametrize("n", [60, pytest.param(1000, marks=slow)])
-def test_hostile_onnx_files(n):
-    """Each in a process of its own: a crash inside ONNX Runtime would be the end of it, and is counted here."""
+def test_hostile_onnx_files(n, cpp):
+    """Each in a process of its own: a crash inside ONNX Runtime would be the end of it, and is counted here.
+
+    infer_ort.cpp, where it can be built, meets the same files.
+    """
     import onnx
 
     train(dcgan, "--max_steps", 1, "--nc", 3)
@@ -475,6 +456,13 @@ def test_hostile_onnx_files(n):
         assert "Traceback" not in said, (i, said)
         assert (status == 0) == Path("x.png").exists(), i
         statuses.append(status)
+        if cpp:
+            Path("y.png").unlink(missing_ok=True)
+            argv = [cpp, "bad.onnx", "--n_samples", "4", "--threads", "1", "--out", "y.png"]
+            done = subprocess.run(argv, capture_output=True, text=True, errors="replace", timeout=60, check=False)
+            assert done.returncode in (0, 1), (i, done)
+            assert done.returncode == 0 or re.fullmatch("infer_ort: error: .+\n", done.stderr), (i, done)
+            assert (done.returncode == 0) == Path("y.png").exists(), (i, done)
     assert len(statuses) == n
     assert statuses.count(0) < n
 
@@ -742,6 +730,26 @@ def test_any_command_line(program, n, capfd):
             lines = said.getvalue().splitlines()
             assert e.code in (0, 1, 2)
             assert e.code == 0 or (": error: " in lines[-1] and len(said.getvalue().strip().split("\n")) == 1), said
+
+    check()
+    assert len(cases) >= n * 0.9
+
+
+@pytest.mark.parametrize("n", [100, pytest.param(2000, marks=slow)])
+def test_any_command_line_of_the_cpp_program(need_cpp, n):
+    """No such model is there: one line each, or the help; never a crash."""
+    flags = sorted(set(re.findall(r"--\w+", subprocess.check_output([need_cpp, "--help"], text=True))))
+    assert len(flags) > 8
+    cases = []
+
+    @settings(max_examples=n, derandomize=True, deadline=None, database=None, suppress_health_check=list(HealthCheck))
+    @given(st.lists(st.one_of(st.sampled_from([*flags, "no.onnx", "\n"]), VALUES), max_size=8))
+    def check(argv):
+        argv = [os.fsencode(value.replace("\0", "").encode("utf-8", "replace")) for value in argv]
+        cases.append(argv)
+        done = subprocess.run([need_cpp, *argv], capture_output=True, timeout=60, check=False)
+        assert done.returncode in ((0,) if b"usage" in done.stdout else (1, 2)), done
+        assert done.returncode == 0 or re.fullmatch(b"infer_ort: error: [^\n]+\n", done.stderr), done
 
     check()
     assert len(cases) >= n * 0.9

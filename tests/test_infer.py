@@ -3,7 +3,6 @@
 import inspect
 import json
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -286,65 +285,6 @@ def test_foreign_conditional_generator(capfd, cpp):
 
 
 # --------------------------------------------------------------------------------------------------------- C++
-
-
-def ort_root(folder):
-    """A folder with ONNX Runtime's include/ and lib/: ORT_ROOT, completed by the wheel and the system's headers."""
-    given = Path(os.environ.get("ORT_ROOT", "nowhere"))
-    includes = [given / "include", Path("/usr/include/onnxruntime"), Path("/usr/local/include/onnxruntime")]
-    include = next((i for i in includes if (i / "onnxruntime_cxx_api.h").exists()), None)
-    if include is None:
-        pytest.skip("no onnxruntime_cxx_api.h: install libonnxruntime-dev, or set ORT_ROOT to an unpacked release")
-    (folder / "include").symlink_to(include)
-    if (given / "lib").is_dir():
-        (folder / "lib").symlink_to(given / "lib")
-        return folder
-    wheel = next(Path(onnxruntime.__file__).parent.glob("capi/libonnxruntime.so.*"), None)
-    if wheel is None:
-        pytest.skip("this onnxruntime wheel has no shared library")
-    (folder / "lib").mkdir()
-    for name in ("libonnxruntime.so", "libonnxruntime.so.1"):
-        (folder / "lib" / name).symlink_to(wheel)
-    return folder
-
-
-@pytest.fixture(scope="session")
-def cpp_program(tmp_path_factory):
-    """infer_ort.cpp, built by the line that stands in it, all warnings being errors. A reason where that cannot be."""
-    if not shutil.which("g++"):
-        return "no g++"
-    folder = tmp_path_factory.mktemp("cpp")
-    try:
-        root = ort_root(folder)
-    except pytest.skip.Exception as e:
-        return e.msg
-    line = next(line for line in (ROOT / "infer_ort.cpp").read_text().splitlines() if "g++ " in line).lstrip("/ ")
-    done = subprocess.run(
-        f"{line} -Wall -Wextra -Werror -o {folder}/infer_ort",
-        shell=True,
-        cwd=ROOT,
-        env=os.environ | {"ORT_ROOT": str(root)},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    if "png.h: No such file" in done.stderr:
-        return "no png.h: install libpng-dev"
-    assert done.returncode == 0, done.stderr
-    return folder / "infer_ort"
-
-
-@pytest.fixture
-def cpp(cpp_program):
-    """The program, or None where it cannot be built."""
-    return None if isinstance(cpp_program, str) else cpp_program
-
-
-@pytest.fixture
-def need_cpp(cpp_program):
-    if isinstance(cpp_program, str):
-        pytest.skip(cpp_program)
-    return cpp_program
 
 
 def run_cpp(program, *argv, check=True):

@@ -11,28 +11,10 @@ import time
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, SCRIPTS, TINY, command, error_of, train
+from conftest import ROOT, SCRIPTS, TINY, assert_same, assert_same_state, command, error_of, train
 from PIL import Image
 
 import dcgan
-
-STATE = ("netG", "netD", "netG_ema", "optG", "optD", "replay", "epoch", "position", "step")
-
-
-def assert_same(a, b, path=""):
-    """Equal bit for bit, through dicts, lists and tensors."""
-    if isinstance(a, torch.Tensor):
-        assert torch.equal(a, b), path
-    elif isinstance(a, dict):
-        assert a.keys() == b.keys(), path
-        for k in a:
-            assert_same(a[k], b[k], f"{path}.{k}")
-    elif isinstance(a, (list, tuple)):
-        assert len(a) == len(b), path
-        for i, (x, y) in enumerate(zip(a, b)):
-            assert_same(x, y, f"{path}[{i}]")
-    else:
-        assert a == b, path
 
 
 def rows(out):
@@ -65,8 +47,7 @@ def test_resume_is_bit_for_bit(script, extra):
     script.train(script.get_args(["--resume", "--out_dir", "parts", "--max_steps", "21"]))
     parts = script.load_checkpoint("parts/checkpoint.pt")
     assert parts["step"] == 21
-    for part in STATE:
-        assert_same(whole[part], parts[part], part)
+    assert_same_state(whole, parts)
     assert not torch.equal(next(iter(first["netG"].values())), next(iter(parts["netG"].values())))
 
 
