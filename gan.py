@@ -24,6 +24,7 @@ import json
 import math
 import os
 import pickle
+import shutil
 import signal
 import sys
 import tempfile
@@ -166,6 +167,7 @@ def get_args(argv=None):
     g.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps")
     g.add_argument("--precision", choices=("auto", "fp32", "bf16"), default="auto",
                    help="bf16: autocast; auto takes it where the hardware is fast at it")
+    g.add_argument("--compile", action="store_true", help="torch.compile both nets: a minute or more, for long runs on GPUs")
     g.add_argument("--out_dir", help=f"where the run is kept (default: a new folder runs/{SCRIPT}-DATASET)")
     g.add_argument("--resume", nargs="?", const="newest", metavar="PATH",
                    help="go on from a checkpoint; without PATH from the newest of --out_dir")
@@ -212,6 +214,8 @@ def get_args(argv=None):
         p.error("--real_label and --fake_label are targets of --loss bce; the hinge loss has none")
     if args.interpolate and args.walk_dim is not None:
         p.error("--interpolate and --walk_dim are two walks; choose one")
+    if args.compile and not any(map(shutil.which, ("c++", "g++", "clang++", "cl"))):
+        p.error("--compile: needs a C++ compiler, such as g++; install one, or leave it out")
     return args
 
 
@@ -305,14 +309,14 @@ def g_loss(fake, loss="bce"):
 def gradient_penalty(netD, real, fake, kind):
     """r1: half the squared gradient at real images (Mescheder et al. 2018); interpolate: of Gulrajani et al. 2017.
 
-    In float32: second derivatives in bf16 are mostly noise.
+    In float32: second derivatives in bf16 are mostly noise. Not compiled: torch.compile has no second derivatives.
     """
     x = real
     if kind == "interpolate":
         x = torch.lerp(real, fake.detach().float(), torch.rand(len(real), 1, 1, 1, device=real.device))
     x = x.detach().requires_grad_()
     with torch.autocast(x.device.type, enabled=False):
-        (grad,) = torch.autograd.grad(netD(x).sum(), x, create_graph=True)
+        (grad,) = torch.autograd.grad(netD.forward(x).sum(), x, create_graph=True)
     squared = grad.square().sum((1, 2, 3))
     return squared.mean() / 2 if kind == "r1" else (squared.add(1e-12).sqrt() - 1).square().mean()
 
@@ -993,6 +997,9 @@ def train(args):
         if step >= (args.max_steps or math.inf):
             fail(f"--max_steps {args.max_steps}: {args.resume} is at step {step}; name more")
 
+    if args.compile:  # in place: the modules, their names and what is saved stay as they are
+        netG.compile(dynamic=False)
+        netD.compile(dynamic=False)
     # DDP adds up the gradients; everything else uses the raw modules. Buffers stay each process's own: sent at every
     # forward, they would change under netD's two forwards before one backward.
     ddpG, ddpD = (DistributedDataParallel(net) if world > 1 else net for net in (netG, netD))

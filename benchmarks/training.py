@@ -3,6 +3,10 @@
     python benchmarks/training.py --data_dir data                       # MNIST: dcgan 64x64, acgan 32x32, gan 28x28
     python benchmarks/training.py --runs dcgan --dataset images.zip --img_size 32 --steps 200
     python benchmarks/training.py --runs dcgan --peer "main.py --dataset mnist --niter 1" --peer_images 60000
+    python benchmarks/training.py --runs dcgan --nc 3 --ngf 128 --batch_size 128 --steps 500 --warmup 100 --in_memory \\
+        --variants "--precision auto" "--precision auto --compile" "--precision fp32"       # what to run on a GPU
+    python benchmarks/training.py --startup --data_dir data             # --help; MNIST from launch to the first step
+    python benchmarks/training.py --made_up 200000                      # memory beside a data set of so many images
 
 Each run is a process of its own. images/s: from the first step after the warm-up to the last; "from launch" counts
 everything, until the process has ended. The baseline trains our nets in the way that most scripts do: a DataLoader that
@@ -11,20 +15,24 @@ transforms every image every epoch, float32, contiguous tensors, the default Ada
 
 import argparse
 import importlib
+import io
 import json
 import os
 import platform
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 import tempfile
 import time
+import zipfile
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from PIL import Image
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -45,10 +53,14 @@ def get_args():
     p.add_argument("--steps", type=int, help="measured steps (default: by script)")
     p.add_argument("--warmup", type=int, default=20, help="steps before them")
     p.add_argument("--rounds", type=int, default=3, help="how often each is run")
-    p.add_argument("--precisions", nargs="+", default=["auto", "fp32"], help="of our scripts")
+    p.add_argument("--variants", nargs="+", default=["--precision auto", "--precision fp32"], metavar="FLAGS",
+                   help="flags of our scripts, each a row")
+    p.add_argument("--in_memory", action="store_true", help="a row for the plain loop with the data on the device already")
     p.add_argument("--no-baseline", dest="baseline", action="store_false", help="ours alone")
     p.add_argument("--peer", help="another script and its arguments")
     p.add_argument("--peer_images", type=int, help="how many images --peer trains on")
+    p.add_argument("--startup", action="store_true", help="measure seconds until --help and until the first step, alone")
+    p.add_argument("--made_up", type=int, metavar="N", help="measure memory while training on N made-up images, alone")
     p.add_argument("--as_baseline", choices=SIZES, help=argparse.SUPPRESS)  # what the baseline's process is started with
     return p.parse_args()
 
@@ -69,6 +81,9 @@ def baseline(args):
         data = datasets.ImageFolder(args.dataset, transform)
     loader = DataLoader(data, args.batch_size, shuffle=True, num_workers=2, drop_last=True)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if args.in_memory:
+        n = min(len(data) // args.batch_size, 100)
+        loader = [(x.to(device), y.to(device)) for (x, y), _ in zip(loader, range(n))]
     conditional = {"n_classes": 10} if name == "acgan" else {}
     netG = script.Generator(nz=100, ngf=args.ngf, nc=args.nc, img_size=size, **conditional).to(device)
     netD = script.Discriminator(nc=args.nc, ndf=args.ngf, img_size=size, **conditional).to(device)
@@ -191,25 +206,27 @@ def measure(name, args, folder):
     args.steps = args.steps or STEPS[name]
     common = ["--dataset", args.dataset, "--data_dir", args.data_dir, "--img_size", size, "--nc", args.nc,
               "--batch_size", args.batch_size, "--ngf", args.ngf]
-    rows = {f"{name}.py --precision {p}": [] for p in args.precisions}
+    rows = {f"{name}.py {variant}": [] for variant in args.variants}
     rows |= {"plain baseline": []} if args.baseline else {}
+    rows |= {"plain baseline, data in memory": []} if args.in_memory else {}
     rows |= {f"peer: {args.peer}": []} if args.peer else {}
-    peaks = {p: [] for p in args.precisions}
+    peaks = {row: [] for row in rows}
     for r in range(args.rounds):
         for row in rows:
             log = folder / f"{r}.log"
             if row.startswith(name):
-                precision = row.split()[-1]
-                out = folder / f"{name}-{precision}-{r}"
+                variant = shlex.split(row)[1:]
+                out = folder / f"{name}-{len(peaks[row])}-{list(rows).index(row)}"
+                precision = variant[variant.index("--precision") + 1] if "--precision" in variant else "auto"
                 bf16 = script.use_bf16(precision, script.pick_device("auto"))
-                peaks[precision].append(convolution_peak(torch.bfloat16 if bf16 else torch.float32))
+                peaks[row].append(convolution_peak(torch.bfloat16 if bf16 else torch.float32))
                 seconds, peak = run([sys.executable, ROOT / f"{name}.py", *common, "--ndf", args.ngf, "--max_steps",
-                                     args.warmup + args.steps, "--epochs", 10**6, "--log_interval", 10,
-                                     "--precision", precision, "--out_dir", out], log)
+                                     args.warmup + args.steps, "--epochs", 10**6, "--log_interval", 10, *variant,
+                                     "--out_dir", out], log)
                 speed = images_per_second(out / "log.jsonl", args)
-            elif row == "plain baseline":
+            elif row.startswith("plain baseline"):
                 seconds, peak = run([sys.executable, __file__, *common, "--as_baseline", name, "--steps", args.steps,
-                                     "--warmup", args.warmup], log)
+                                     "--warmup", args.warmup, *["--in_memory"] * row.endswith("memory")], log)
                 speed = images_per_second(log, args)
             else:
                 seconds, peak = run([sys.executable, *shlex.split(args.peer)], log)
@@ -227,10 +244,58 @@ def measure(name, args, folder):
         if args.baseline and row != "plain baseline":
             ratio = show(np.divide(speed, [v[0] for v in rows["plain baseline"]]), 2)
         if row.startswith(name):
-            tops = peaks[row.split()[-1]]
+            tops = peaks[row]
             share = f"{np.median(np.multiply(speed, flop) / tops):.0%} of {np.median(tops) / 1e9:.0f} GFLOP/s"
         print(f"| {row} | {show(speed)} | {ratio} | {show(seconds, 1)} | {np.median(peak):.0f} | {share} |", flush=True)
     args.steps = None
+
+
+def first_step(name, *argv, folder):
+    """Seconds from launch until the first step is done and logged."""
+    out = folder / f"{name}-{time.time()}"
+    begin = time.time()
+    run([sys.executable, ROOT / f"{name}.py", *argv, "--max_steps", 1, "--log_interval", 1, "--out_dir", out], os.devnull)
+    return json.loads((out / "log.jsonl").read_text().splitlines()[0])["time"] - begin
+
+
+def startup(args, folder):
+    """Programs in turn, so that the machine's moods meet all of them."""
+    rows = {}
+    data = folder / "data"
+    data.mkdir()
+    (data / "MNIST").symlink_to(Path(args.data_dir, "MNIST").resolve())
+    for _ in range(args.rounds):
+        for name in ("gan", "dcgan", "acgan", "export", "infer_ort"):
+            seconds, _ = run([sys.executable, ROOT / f"{name}.py", "--help"], os.devnull)
+            rows.setdefault(f"{name}.py --help", []).append(seconds)
+        for name in args.runs:
+            shutil.rmtree(data / "cache", ignore_errors=True)
+            for state in ("not decoded yet", "decoded before"):
+                seconds = first_step(name, "--dataset", "mnist", "--data_dir", data, folder=folder)
+                rows.setdefault(f"{name}.py, MNIST, first step, {state}", []).append(seconds)
+    print("| | s |\n|---|---|")
+    for row, values in rows.items():
+        print(f"| {row} | {show(values, 2)} |")
+
+
+def made_up(args, folder):
+    """Anonymous memory of training on many 64x64 RGB images, which lie in a zip, next to that on few."""
+    print(f"| {args.runs[0]}.py, 64x64 RGB | cache, MB | seconds until the first step | memory, MB |\n|---|---|---|---|")
+    for n in (max(100, args.made_up // 100), args.made_up):
+        encoded, rng = [], np.random.default_rng(0)
+        for _ in range(100):
+            file = io.BytesIO()
+            Image.fromarray(np.kron(rng.integers(0, 256, (4, 4, 3), np.uint8), np.ones((16, 16, 1), np.uint8))).save(file, "png")
+            encoded.append(file.getvalue())
+        with zipfile.ZipFile(folder / f"{n}.zip", "w") as z:
+            for i in range(n):
+                z.writestr(f"{i % 10}/{i}.png", encoded[i % 100])
+        common = ["--dataset", folder / f"{n}.zip", "--img_size", 64, "--data_dir", folder / "data", "--ngf", 16, "--ndf", 16]
+        seconds = first_step(args.runs[0], *common, folder=folder)
+        _, peak = run([sys.executable, ROOT / f"{args.runs[0]}.py", *common, "--max_steps", 100, "--out_dir",
+                       folder / f"{n}-run"], os.devnull)
+        cache = max(f.stat().st_size for f in (folder / "data" / "cache").iterdir())
+        print(f"| {n} images | {cache / 1e6:.0f} | {seconds:.1f} | {peak:.0f} |", flush=True)
 
 
 def main():
@@ -244,8 +309,13 @@ def main():
     print(f"{model}, {os.cpu_count()} cores{gpu}; torch {torch.__version__}; medians of {args.rounds} rounds in turn, and "
           f"their range; {args.dataset}")
     with tempfile.TemporaryDirectory() as folder:
-        for name in args.runs:
-            measure(name, args, Path(folder))
+        if args.startup:
+            startup(args, Path(folder))
+        elif args.made_up:
+            made_up(args, Path(folder))
+        else:
+            for name in args.runs:
+                measure(name, args, Path(folder))
 
 
 if __name__ == "__main__":

@@ -33,8 +33,9 @@ def first_number(cell):
 
 def test_training(folder):
     argv = ["--dataset", folder, "--img_size", 16, "--nc", 3, "--ngf", 4, "--batch_size", 8]
-    table = rows("training.py", "--runs", "gan", *argv, "--steps", 20, "--warmup", 10, "--rounds", 1)
-    assert [row[0] for row in table[2:]] == ["gan.py --precision auto", "gan.py --precision fp32", "plain baseline"]
+    table = rows("training.py", "--runs", "gan", *argv, "--steps", 20, "--warmup", 10, "--rounds", 1, "--in_memory")
+    names = ["gan.py --precision auto", "gan.py --precision fp32", "plain baseline", "plain baseline, data in memory"]
+    assert [row[0] for row in table[2:]] == names
     for row in table[2:]:
         assert first_number(row[1]) > 0
         assert first_number(row[3]) > 0
@@ -116,3 +117,13 @@ def test_quality_refuses(argv, said):
     assert said in done.stderr
     assert done.stderr.startswith("quality.py: error:")
     assert "Traceback" not in done.stderr
+
+
+def test_memory_and_startup(data_dir):
+    table = rows("training.py", "--runs", "gan", "--made_up", 200)
+    assert [row[0] for row in table[2:]] == ["100 images", "200 images"]
+    assert float(table[3][1]) >= 200 * 64 * 64 * 3 / 1e6 // 1
+    assert all(float(row[3]) > 10 for row in table[2:])
+    table = rows("training.py", "--runs", "gan", "--startup", "--rounds", 1, "--data_dir", data_dir)
+    assert len(table) == 2 + 5 + 2
+    assert all(first_number(row[1]) > 0 for row in table[2:])

@@ -38,16 +38,16 @@ pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="signals and lim
 slow = pytest.mark.slow
 # What a run imports on its way: a second that a signal would meet every time.
 LATE = ["torchvision.utils", "torch._dynamo", "onnxruntime"]
+# Here and not below: from Python 3.14 on a DataLoader of an earlier test may be what starts the one server.
+multiprocessing.set_forkserver_preload([*SCRIPTS, "export", "infer_ort", "test_faults", *LATE])
 
 
 @functools.lru_cache
 def forkserver():
     """A clean process that has imported everything and forks for each start: a fork of pytest's own would inherit the
     locks of threads that it does not have."""
-    context = multiprocessing.get_context("forkserver")
     os.environ["PYTHONPATH"] = os.pathsep.join(map(str, (ROOT, ROOT / "tests")))
-    context.set_forkserver_preload([*SCRIPTS, "export", "infer_ort", "test_faults", *LATE])
-    return context
+    return multiprocessing.get_context("forkserver")
 
 
 def forked(call, *args, **kwargs):

@@ -454,3 +454,31 @@ def test_real_cifar10_zip_trains(name, data_dir):
     ckpt = train(script, "--dataset", data_dir / "cifar10_train.zip", "--img_size", 32, "--max_steps", 3, out="run")
     assert len(ckpt["classes"]) == 10
     assert ckpt["config"]["nc"] == 3
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+def test_compile(script, backend, monkeypatch):
+    """The same training up to rounding, the same names in the checkpoint, and a resume."""
+    compiled, compile_net = [], torch.nn.Module.compile
+
+    def remember(net, **options):
+        compiled.append(type(net).__name__)
+        compile_net(net, backend=backend, **options)
+
+    monkeypatch.setattr(torch.nn.Module, "compile", remember)
+    plain = train(script, "--max_steps", 3, "--gp", "r1", out="plain")
+    fast = train(script, "--max_steps", 3, "--gp", "r1", "--compile", out="fast")
+    assert compiled == ["Generator", "Discriminator"]
+    assert plain["netG"].keys() == fast["netG"].keys()
+    for key, value in plain["netG"].items():
+        torch.testing.assert_close(fast["netG"][key], value, rtol=1e-3, atol=2e-3)  # Adam: signs of tiny gradients
+    np.testing.assert_allclose([r["loss_d"] for r in rows("fast")], [r["loss_d"] for r in rows("plain")], rtol=1e-2)
+    script.train(script.get_args(["--resume", "--out_dir", "fast", "--max_steps", "4"]))
+    assert len(compiled) == 4
+
+
+def test_compile_without_a_compiler(script, monkeypatch, capsys):
+    monkeypatch.setenv("PATH", "")
+    with pytest.raises(SystemExit):
+        script.get_args(["--compile"])
+    assert "--compile: needs a C++ compiler" in capsys.readouterr().err
