@@ -161,8 +161,8 @@ def get_args(argv=None):
     g.add_argument("--replay", type=number(float, 0, 1), default=0.0, help="share of netD's fakes that are old ones")
     g.add_argument("--pretrain_d", type=number(int, 0), default=0, metavar="STEPS",
                    help="first steps that train netD alone, against the untrained netG")
-    g.add_argument("--pretrain_aux", type=number(int, 0), default=0, metavar="EPOCHS",
-                   help="first epochs that train netD alone, as a classifier of the real images")
+    g.add_argument("--aux_fake", type=number(float, 0), default=1, help="weight of fakes in netD's class loss; the paper's is 1")
+    g.add_argument("--pretrain_aux", type=number(int, 0), default=0, help="epochs first that train netD as a classifier only")
 
     g = p.add_argument_group("run")
     g.add_argument("--seed", type=number(int, 0, 2**63 - 1), default=0, help="of training, and of the latents sampled")
@@ -1165,7 +1165,7 @@ def train(args):
         loss_d = d_loss(out_real, out_fake, args.loss, args.real_label, args.fake_label)
         aux_real, aux_fake = F.cross_entropy(class_real.float(), y), F.cross_entropy(class_fake.float(), y_shown)
         # Times 0 and not left out: under DDP every parameter must get a gradient.
-        loss_d = aux_real + (loss_d + aux_fake) * (not classify)
+        loss_d = aux_real + (loss_d + args.aux_fake * aux_fake) * (not classify)
         penalty = args.gp_weight * gradient_penalty(netD, real, fake, args.gp) if args.gp != "none" else 0
         optD.zero_grad()
         (loss_d + penalty).backward()

@@ -59,12 +59,14 @@ def get_args():
     p.add_argument("--seed", type=int, default=0, help="of the latents")
     p.add_argument("--weights", choices=("ema", "raw"), default="ema", help="of checkpoints")
     p.add_argument("--epochs", type=int, default=6, help="of the classifier")
-    p.add_argument("--cache", default="./data/cache", help="folder that keeps the classifiers")
+    p.add_argument("--cache", help="folder that keeps the classifiers (default: cache/ in --data_dir)")
     p.add_argument("--inception", action="store_true",
                    help="also Inception-FID and KID (pip install torch-fidelity, which downloads weights)")
     p.add_argument("--neighbours", metavar="FILE.png", help="some samples, each beside its nearest training images")
     p.add_argument("--json", metavar="FILE", help="write the scores there")
-    return p.parse_args()
+    args = p.parse_args()
+    args.cache = args.cache or Path(args.data_dir, "cache")
+    return args
 
 
 # ------------------------------------------------------------------------------------------------------- images

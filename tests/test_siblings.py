@@ -58,7 +58,7 @@ def test_common_definitions_are_the_same_text(other):
 def test_common_flags_have_the_same_meaning(other):
     mine, theirs = actions("dcgan"), actions(other)
     allowed = {"--img_size", "--init", "--sn", "--n_samples", "--out_dir"}  # the method shows
-    assert set(theirs) - set(mine) == ({"--attr", "--labels", "--pretrain_aux"} if other == "acgan" else set())
+    assert set(theirs) - set(mine) == ({"--attr", "--labels", "--aux_fake", "--pretrain_aux"} if other == "acgan" else set())
     assert set(mine) <= set(theirs)
     for flag in set(mine) - allowed:
         assert mine[flag] == theirs[flag], flag

@@ -199,6 +199,17 @@ def test_each_trick_changes_the_run(script, extra):
     assert all(np.isfinite(r["loss_d"]) for r in rows("trick"))
 
 
+def test_aux_fake_weighs_the_class_loss_on_fakes():
+    """At 0 the class head takes the step that it takes in a run that trains it alone; at the paper's 1 another."""
+    acgan = importlib.import_module("acgan")
+    alone = train(acgan, "--max_steps", 1, "--epochs", 2, "--pretrain_aux", 1, out="alone")["netD"]
+    without = train(acgan, "--max_steps", 1, "--aux_fake", 0, out="without")["netD"]
+    paper = train(acgan, "--max_steps", 1, out="paper")["netD"]
+    assert torch.equal(without["aux.weight"], alone["aux.weight"])
+    assert not torch.equal(paper["aux.weight"], alone["aux.weight"])
+    assert torch.equal(without["adv.weight"], paper["adv.weight"])
+
+
 def test_pretrain_aux_trains_a_classifier_first():
     acgan = importlib.import_module("acgan")
     ckpt = train(acgan, "--epochs", 4, "--pretrain_aux", 3, "--max_steps", 24, "--lr", 0.02, "--ndf", 16, out="aux")
