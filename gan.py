@@ -309,14 +309,14 @@ def g_loss(fake, loss="bce"):
 def gradient_penalty(netD, real, fake, kind):
     """r1: half the squared gradient at real images (Mescheder et al. 2018); interpolate: of Gulrajani et al. 2017.
 
-    In float32: second derivatives in bf16 are mostly noise. Not compiled: torch.compile has no second derivatives.
+    In float32: second derivatives in bf16 are mostly noise.
     """
     x = real
     if kind == "interpolate":
         x = torch.lerp(real, fake.detach().float(), torch.rand(len(real), 1, 1, 1, device=real.device))
     x = x.detach().requires_grad_()
     with torch.autocast(x.device.type, enabled=False):
-        (grad,) = torch.autograd.grad(netD.forward(x).sum(), x, create_graph=True)
+        (grad,) = torch.autograd.grad(netD(x).sum(), x, create_graph=True)
     squared = grad.square().sum((1, 2, 3))
     return squared.mean() / 2 if kind == "r1" else (squared.add(1e-12).sqrt() - 1).square().mean()
 
@@ -997,7 +997,7 @@ def train(args):
         if step >= (args.max_steps or math.inf):
             fail(f"--max_steps {args.max_steps}: {args.resume} is at step {step}; name more")
 
-    if args.compile:  # in place: the modules, their names and what is saved stay as they are
+    if args.compile:  # in place: names and what is saved stay; forward() is as it was, for second derivatives
         netG.compile(dynamic=False)
         netD.compile(dynamic=False)
     # DDP adds up the gradients; everything else uses the raw modules. Buffers stay each process's own: sent at every
@@ -1115,7 +1115,7 @@ def train(args):
             (shown,) = replay.mix(fake.detach())
             out_fake = ddpD(shown)
         loss_d = d_loss(out_real, out_fake, args.loss, args.real_label, args.fake_label)
-        penalty = args.gp_weight * gradient_penalty(netD, real, fake, args.gp) if args.gp != "none" else 0
+        penalty = args.gp_weight * gradient_penalty(netD.forward, real, fake, args.gp) if args.gp != "none" else 0
         optD.zero_grad()
         (loss_d + penalty).backward()
         optD.step()
