@@ -55,7 +55,8 @@ DATASETS = {
     "celeba": (64, 3, True),
 }
 # Three minutes on two cores: the embedded digits are a demonstration. All else has the papers' learning rate.
-LR_DIGITS, EPOCHS_DIGITS, NDF_DIGITS = (4e-3, 1e-3), 8, 32
+LR_DIGITS, EPOCHS_DIGITS = (4e-3, 1e-3), 8
+NDF = {"digits": 32, "mnist": 32, "fashion_mnist": 32}  # netD's width where it is not 64: better in equal time
 CHECKPOINT_KEYS = {"script": str, "args": dict, "config": dict, "classes": list, "netG": dict, "netD": dict,
                    "netG_ema": dict, "optG": dict, "optD": dict, "replay": (list, type(None)), "epoch": int,
                    "position": int, "step": int}
@@ -133,7 +134,7 @@ def get_args(argv=None):
     g = p.add_argument_group("model")
     g.add_argument("--nz", type=number(int, 1), default=100, help="size of the latent vector")
     g.add_argument("--ngf", type=number(int, 1), default=64, help="width of netG")
-    g.add_argument("--ndf", type=number(int, 1), help="width of netD (default: 64, or what digits take)")
+    g.add_argument("--ndf", type=number(int, 1), help="width of netD (default: 64, or by data set)")
     g.add_argument("--init", choices=("dcgan", "he", "xavier"), default="dcgan", help="dcgan: N(0, 0.02)")
     g.add_argument("--sn", action="store_true", help="spectral norm in netD, in place of its BatchNorm")
     g.add_argument("--dropout", type=number(float, 0, 0.99), default=0.0, help="dropout probability in netD")
@@ -213,7 +214,7 @@ def get_args(argv=None):
                 p.error(f"--{flag} {getattr(args, flag)}: {path} was trained with {saved.get(flag)}, "
                         f"and --resume cannot change it; leave --{flag} out, or start a new run")
     digits = args.dataset == "digits"
-    args.ndf = args.ndf or (NDF_DIGITS if digits else 64)
+    args.ndf = args.ndf or NDF.get(args.dataset, 64)
     args.epochs = args.epochs or (EPOCHS_DIGITS if digits else 5)
     if args.pretrain_aux >= args.epochs:
         p.error(f"--pretrain_aux {args.pretrain_aux}: leaves netG nothing of --epochs {args.epochs}")

@@ -55,7 +55,8 @@ DATASETS = {
     "celeba": (64, 3, True),
 }
 # The embedded digits are a demonstration of a minute or two on two cores. All else has dcgan.py's learning rate.
-LR_DIGITS, EPOCHS_DIGITS, NDF_DIGITS = (5e-4, 5e-4), 20, 64
+LR_DIGITS, EPOCHS_DIGITS = (5e-4, 5e-4), 20
+NDF = {}  # netD's width where it is not 64
 CHECKPOINT_KEYS = {"script": str, "args": dict, "config": dict, "classes": list, "netG": dict, "netD": dict,
                    "netG_ema": dict, "optG": dict, "optD": dict, "replay": (list, type(None)), "epoch": int,
                    "position": int, "step": int}
@@ -132,7 +133,7 @@ def get_args(argv=None):
     g = p.add_argument_group("model")
     g.add_argument("--nz", type=number(int, 1), default=100, help="size of the latent vector")
     g.add_argument("--ngf", type=number(int, 1), default=64, help="width of netG")
-    g.add_argument("--ndf", type=number(int, 1), help="width of netD (default: 64, or what digits take)")
+    g.add_argument("--ndf", type=number(int, 1), help="width of netD (default: 64, or by data set)")
     g.add_argument("--init", choices=("dcgan", "he", "xavier"), default="he",
                    help="dcgan: N(0, 0.02), from which perceptrons tend to collapse")
     g.add_argument("--sn", action="store_true", help="spectral norm in netD")
@@ -208,7 +209,7 @@ def get_args(argv=None):
                 p.error(f"--{flag} {getattr(args, flag)}: {path} was trained with {saved.get(flag)}, "
                         f"and --resume cannot change it; leave --{flag} out, or start a new run")
     digits = args.dataset == "digits"
-    args.ndf = args.ndf or (NDF_DIGITS if digits else 64)
+    args.ndf = args.ndf or NDF.get(args.dataset, 64)
     args.epochs = args.epochs or (EPOCHS_DIGITS if digits else 5)
     if args.loss == "hinge" and (args.real_label, args.fake_label) != (1, 0):
         p.error("--real_label and --fake_label are targets of --loss bce; the hinge loss has none")
