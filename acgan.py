@@ -159,6 +159,7 @@ def get_args(argv=None):
     g.add_argument("--d_steps", type=number(int, 1), default=1, help="netD steps, each on new images, for a netG step")
     g.add_argument("--gp", choices=("none", "r1", "interpolate"), default="none", help="gradient penalty on netD")
     g.add_argument("--gp_weight", type=number(float, 0), default=10.0, help="weight of --gp")
+    g.add_argument("--gp_every", type=number(int, 1), default=1, help="steps between two of --gp, each as much heavier")
     g.add_argument("--replay", type=number(float, 0, 1), default=0.0, help="share of netD's fakes that are old ones")
     g.add_argument("--pretrain_d", type=number(int, 0), default=0, metavar="STEPS",
                    help="first steps that train netD alone, against the untrained netG")
@@ -1167,7 +1168,9 @@ def train(args):
         aux_real, aux_fake = F.cross_entropy(class_real.float(), y), F.cross_entropy(class_fake.float(), y_shown)
         # Times 0 and not left out: under DDP every parameter must get a gradient.
         loss_d = aux_real + (loss_d + args.aux_fake * aux_fake) * (not classify)
-        penalty = args.gp_weight * gradient_penalty(netD.forward, real, fake, args.gp) if args.gp != "none" else 0
+        penalty = 0
+        if args.gp != "none" and step % args.gp_every == 0:  # Karras et al. 2020, "lazy regularization"
+            penalty = args.gp_every * args.gp_weight * gradient_penalty(netD.forward, real, fake, args.gp)
         optD.zero_grad()
         (loss_d + penalty).backward()
         optD.step()

@@ -199,6 +199,17 @@ def test_each_trick_changes_the_run(script, extra):
     assert all(np.isfinite(r["loss_d"]) for r in rows("trick"))
 
 
+def test_gp_every_takes_the_penalty_in_some_steps_only(script, monkeypatch):
+    """Steps 0 and 3 of 4, three times as heavy: the first step is that of a weight three times as large."""
+    calls, penalty = [], script.gradient_penalty
+    monkeypatch.setattr(script, "gradient_penalty", lambda *a: calls.append(1) or penalty(*a))
+    train(script, "--max_steps", 4, "--gp", "r1", "--gp_every", 3, out="lazy")
+    assert len(calls) == 2
+    lazy = train(script, "--max_steps", 1, "--gp", "r1", "--gp_weight", 2, "--gp_every", 3, out="one")
+    heavy = train(script, "--max_steps", 1, "--gp", "r1", "--gp_weight", 6, out="heavy")
+    assert_same(lazy["netD"], heavy["netD"])
+
+
 def test_aux_fake_weighs_the_class_loss_on_fakes():
     """At 0 the class head takes the step that it takes in a run that trains it alone; at the paper's 1 another."""
     acgan = importlib.import_module("acgan")
