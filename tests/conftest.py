@@ -8,13 +8,15 @@ import subprocess
 import sys
 from pathlib import Path
 
+# One thread for these tiny nets: faster, and on a busy machine several threads wait for each other more than they work.
+# Before torch, which reads it once: bit for bit holds between equal numbers of threads.
+os.environ["OMP_NUM_THREADS"] = "1"
+
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-# One thread for these tiny nets: faster, and on a busy machine several threads wait for each other more than they work.
-os.environ["OMP_NUM_THREADS"] = "1"
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 SCRIPTS = ("gan", "dcgan", "acgan")
