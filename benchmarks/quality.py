@@ -14,6 +14,8 @@ cores, kept under --cache), and its 128 penultimate features are compared, sampl
 - classes: e to the entropy of the classes found, 10.0 for ten equally frequent ones; few mean mode collapse.
 - sure: share of pictures that the classifier gives a class at 0.8 or more.
 - asked: share of pictures that show the class that was asked for (conditional generators).
+- colour: mean saturation (a pixel's largest channel less its smallest) over that of the test images; RGB only. Below 1 the
+  colours are washed out.
 - copying: median distance of a sample from the nearest training image, over that of a test image. Far below 1: copies.
 
 Data without a test split (a folder, a .zip) loses a fixed tenth of its images, at most 10,000, to one; the generator
@@ -274,6 +276,11 @@ def inception_scores(fake, test):
     return {"Inception-FID": float(metrics[0].compute()), "KID": float(metrics[1].compute()[0])}
 
 
+def saturation(images):
+    """Mean difference between the largest and the smallest channel of uint8 (n, H, W, 3) pixels, 0 to 255."""
+    return float(np.mean([np.ptp(part, axis=3).mean() for part in np.array_split(images, max(1, len(images) // 1000))]))
+
+
 def score(images, labels, reference):
     """The scores of uint8 images (n, H, W, C), asked for as labels (n) or None, from the classifier's features."""
     features, p = features_of(reference["net"], images)
@@ -283,6 +290,8 @@ def score(images, labels, reference):
            "classes": math.exp(-sum(s * math.log(s) for s in share if s)), "sure": float((p.max(1) >= 0.8).mean())}
     if labels is not None:
         row["asked"] = float((found == labels).mean())
+    if images.shape[3] == 3:
+        row["colour"] = saturation(images) / reference["saturation"]
     row["copying"] = float(np.median(nearest(features[:2000], reference["train"], 1)[0]) / reference["distance"])
     return row | {"histogram": share.round(4).tolist()}, features
 
@@ -316,6 +325,7 @@ def main():
         print(f"classifier: {accuracy:.2%} of {len(test[0])} test images right ({time.perf_counter() - begin:.0f} s)")
         some = np.random.default_rng(1).permutation(len(train[0]))[:args.n_samples]
         reference = {"net": net, "test": features_of(net, test[0])[0], "train": features_of(net, train[0])[0]}
+        reference["saturation"] = saturation(test[0]) if nc == 3 else None
         reference["distance"] = np.median(nearest(reference["test"][:2000], reference["train"], 1)[0])
         table["real training images"], _ = score(train[0][some], train[1][some], reference)
         del table["real training images"]["copying"]  # they are the training images

@@ -86,6 +86,25 @@ def test_quality():
     assert Image.open("n.png").size[0] > 9 * 16
 
 
+def test_quality_sees_washed_out_colours():
+    """The same pictures half as colourful; their grey versions."""
+    rng = np.random.default_rng(0)
+    images = rng.integers(0, 256, (240, 16, 16, 3), dtype=np.uint8)
+    for i, image in enumerate(images):
+        Path("data", "ab"[i % 2]).mkdir(parents=True, exist_ok=True)
+        Image.fromarray(image).save(f"data/{'ab'[i % 2]}/{i}.png")
+    grey = images.mean(3, keepdims=True).astype(np.uint8).repeat(3, 3)
+    np.savez("same.npz", images)
+    np.savez("half.npz", images // 2 + grey // 2)
+    np.savez("grey.npz", grey)
+    argv = ["--n_samples", 100, "--epochs", 1, "--cache", ".", "--json", "s.json"]
+    rows("quality.py", "same.npz", "half.npz", "grey.npz", "--dataset", "data", *argv)
+    scores = json.loads(Path("s.json").read_text())["scores"]
+    assert scores["same.npz"]["colour"] == pytest.approx(1, abs=0.05)
+    assert scores["half.npz"]["colour"] == pytest.approx(0.5, abs=0.05)
+    assert scores["grey.npz"]["colour"] == 0
+
+
 def test_quality_compares_a_checkpoint_with_its_onnx_file():
     """The same latents, the same scores, whoever computes the pictures."""
     train(acgan, "--max_steps", 1, "--nc", 1)
