@@ -7,6 +7,8 @@
         --variants "--precision auto" "--precision auto --compile" "--precision fp32"       # what to run on a GPU
     python benchmarks/training.py --startup --data_dir data             # --help; MNIST from launch to the first step
     python benchmarks/training.py --made_up 200000                      # memory beside a data set of so many images
+    python benchmarks/training.py --runs dcgan --img_size 32 --train_baseline plain.npz --seconds 240
+                # pictures of the plain loop, to be scored by quality.py beside ours after the same time
 
 Each run is a process of its own. images/s: from the first step after the warm-up to the last; "from launch" counts
 everything, until the process has ended. The baseline trains our nets in the way that most scripts do: a DataLoader that
@@ -61,6 +63,8 @@ def get_args():
     p.add_argument("--peer_images", type=int, help="how many images --peer trains on")
     p.add_argument("--startup", action="store_true", help="measure seconds until --help and until the first step, alone")
     p.add_argument("--made_up", type=int, metavar="N", help="measure memory while training on N made-up images, alone")
+    p.add_argument("--train_baseline", metavar="FILE.npz", help="train the baseline of --runs alone, and write 10,000 pictures")
+    p.add_argument("--seconds", type=float, default=240, help="how long --train_baseline trains")
     p.add_argument("--as_baseline", choices=SIZES, help=argparse.SUPPRESS)  # what the baseline's process is started with
     return p.parse_args()
 
@@ -98,7 +102,7 @@ def baseline(args):
         out, classes = out
         return F.binary_cross_entropy_with_logits(out, torch.full_like(out, target)) + F.cross_entropy(classes, labels)
 
-    step = 0
+    step, begin = 0, time.time()
     while True:
         for real, labels in loader:
             real, labels = real.to(device), labels.to(device)
@@ -118,8 +122,22 @@ def baseline(args):
             row = {"step": step, "time": time.time(), "loss_d": loss_real.item() + loss_fake.item(),
                    "loss_g": loss_g.item()}
             print(json.dumps(row), flush=True)
-            if step == args.warmup + args.steps:
+            if args.train_baseline and time.time() - begin > args.seconds:
+                labels = torch.arange(10000, device=device) % 10
+                keep(args.train_baseline, netG, labels if conditional else None, device)
                 return
+            if not args.train_baseline and step == args.warmup + args.steps:
+                return
+
+
+@torch.no_grad()
+def keep(path, netG, labels, device):
+    """10,000 pictures, labels (10000) or None, in a .npz that quality.py reads."""
+    netG.eval()
+    z = torch.randn(10000, 100, generator=torch.Generator().manual_seed(0)).to(device)
+    parts = [netG(z[i:i + 100], *([] if labels is None else [labels[i:i + 100]])) for i in range(0, 10000, 100)]
+    images = (torch.cat(parts) * 127.5 + 127.5).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
+    np.savez(path, images, **({} if labels is None else {"labels": labels.cpu().numpy()}))
 
 
 def memory(pid):
@@ -300,7 +318,8 @@ def made_up(args, folder):
 
 def main():
     args = get_args()
-    if args.as_baseline:
+    if args.as_baseline or args.train_baseline:
+        args.as_baseline = args.as_baseline or args.runs[0]
         baseline(args)
         return
     cpu = Path("/proc/cpuinfo")

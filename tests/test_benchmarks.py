@@ -43,6 +43,17 @@ def test_training(folder):
     assert all(first_number(row[2]) > 0 for row in table[2:4])
 
 
+@pytest.mark.parametrize("name", ["gan", "acgan"])
+def test_pictures_of_the_baseline(folder, name):
+    argv = ["--dataset", folder, "--img_size", 16, "--nc", 3, "--ngf", 4, "--batch_size", 8, "--seconds", 1]
+    rows("training.py", "--runs", name, "--train_baseline", "plain.npz", *argv)
+    z = np.load("plain.npz")
+    assert z["arr_0"].shape == (10000, 16, 16, 3)
+    assert z["arr_0"].dtype == np.uint8
+    assert z["arr_0"].std() > 0
+    assert ("labels" in z) == (name == "acgan")
+
+
 def test_inference():
     train(dcgan, "--max_steps", 1, "--nc", 3)
     table = rows("inference.py", "run", "--rounds", 1, "--seconds", 0.02, "--n_samples", 20)
