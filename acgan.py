@@ -129,7 +129,8 @@ def get_args(argv=None):
     g.add_argument("--hflip", action=argparse.BooleanOptionalAction,
                    help="flip real images at random (default: for celeba and cifar10)")
     g.add_argument("--attr", nargs="+", metavar="NAME", help="classes of celeba: every combination of these attributes")
-    g.add_argument("--workers", type=number(int, 0), default=min(8, os.cpu_count() or 1), help="decoding processes")
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    g.add_argument("--workers", type=number(int, 0), default=min(8, cores), help="decoding processes")
 
     g = p.add_argument_group("model")
     g.add_argument("--nz", type=number(int, 1), default=100, help="size of the latent vector")

@@ -128,7 +128,8 @@ def get_args(argv=None):
     g.add_argument("--max_images", type=number(int, 1), help="a random subset of this many; digits: draw this many")
     g.add_argument("--hflip", action=argparse.BooleanOptionalAction,
                    help="flip real images at random (default: for celeba and cifar10)")
-    g.add_argument("--workers", type=number(int, 0), default=min(8, os.cpu_count() or 1), help="decoding processes")
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    g.add_argument("--workers", type=number(int, 0), default=min(8, cores), help="decoding processes")
 
     g = p.add_argument_group("model")
     g.add_argument("--nz", type=number(int, 1), default=100, help="size of the latent vector")
