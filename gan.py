@@ -161,8 +161,6 @@ def get_args(argv=None):
     g.add_argument("--gp", choices=("none", "r1", "interpolate"), default="none", help="gradient penalty on netD")
     g.add_argument("--gp_weight", type=number(float, 0), default=10.0, help="weight of --gp")
     g.add_argument("--gp_every", type=number(int, 1), default=1, help="steps between two of --gp, each as much heavier")
-    g.add_argument("--diffaug", nargs="+", choices=("color", "translation", "cutout"),
-                   help="what netD sees is augmented, real and fake alike: for data of a few thousand images")
     g.add_argument("--replay", type=number(float, 0, 1), default=0.0, help="share of netD's fakes that are old ones")
     g.add_argument("--pretrain_d", type=number(int, 0), default=0, metavar="STEPS",
                    help="first steps that train netD alone, against the untrained netG")
@@ -324,36 +322,6 @@ def gradient_penalty(netD, real, fake, kind):
         (grad,) = torch.autograd.grad(netD(x).sum(), x, create_graph=True)
     squared = grad.square().sum((1, 2, 3))
     return squared.mean() / 2 if kind == "r1" else (squared.add(1e-12).sqrt() - 1).square().mean()
-
-
-def diff_augment(x, kinds):
-    """Differentiable augmentation of (N, nc, H, W) in [-1, 1], for each image its own (Zhao et al. 2020, section 3).
-
-    color: brightness, saturation, contrast; translation: by up to an eighth of the size; cutout: a square of half the
-    size. What comes in from outside, and what is cut out, is 0.
-    """
-    (n, _, h, w), kinds = x.shape, kinds or ()
-
-    def uniform(low, high):
-        return low + (high - low) * torch.rand(n, 1, 1, 1, device=x.device)
-
-    def whole(low, high):  # low to high, both included
-        return torch.randint(low, high + 1, (n, 1, 1, 1), device=x.device)
-
-    row, column = torch.arange(h, device=x.device).view(h, 1), torch.arange(w, device=x.device)
-    if "color" in kinds:
-        x = x + uniform(-0.5, 0.5)
-        x = torch.lerp(x.mean(1, keepdim=True), x, uniform(0, 2))
-        x = torch.lerp(x.mean((1, 2, 3), keepdim=True), x, uniform(0.5, 1.5))
-    if "translation" in kinds:
-        y, x0 = h // 8, w // 8
-        x = F.pad(x, (x0, x0, y, y))
-        x = x.gather(2, (row + whole(0, 2 * y)).expand(-1, x.shape[1], -1, x.shape[3]))
-        x = x.gather(3, (column + whole(0, 2 * x0)).expand(-1, x.shape[1], h, -1))
-    if "cutout" in kinds:
-        inside = ((row - whole(0, h - 1)).abs() * 4 < h) & ((column - whole(0, w - 1)).abs() * 4 < w)
-        x = x * ~inside
-    return x
 
 
 class Replay:
@@ -1137,7 +1105,6 @@ def train(args):
         real = to_float(data[index.to(data.device)], device)
         if args.hflip:
             real = torch.where(torch.rand(len(real), 1, 1, 1, device=device) < 0.5, real.flip(3), real)
-        real = diff_augment(real, args.diffaug)
         factor = lr_factor(args.lr_decay, (epoch + position / len(images)) / args.epochs)
         optG.param_groups[0]["lr"], optD.param_groups[0]["lr"] = factor * lr_g, factor * lr_d
         g_step = step >= args.pretrain_d and (step + 1) % args.d_steps == 0
@@ -1149,12 +1116,11 @@ def train(args):
                 fake = (ddpG if g_step else netG)(z)
             out_real = ddpD(real)
             (shown,) = replay.mix(fake.detach())
-            shown = diff_augment(shown, args.diffaug)
             out_fake = ddpD(shown)
         loss_d = d_loss(out_real, out_fake, args.loss, args.real_label, args.fake_label)
         penalty = 0
         if args.gp != "none" and step % args.gp_every == 0:  # Karras et al. 2020, "lazy regularization"
-            penalty = args.gp_every * args.gp_weight * gradient_penalty(netD.forward, real, shown, args.gp)
+            penalty = args.gp_every * args.gp_weight * gradient_penalty(netD.forward, real, fake, args.gp)
         optD.zero_grad()
         (loss_d + penalty).backward()
         optD.step()
@@ -1163,7 +1129,7 @@ def train(args):
         if g_step:
             netD.requires_grad_(False)
             with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
-                out = netD(diff_augment(fake, args.diffaug))
+                out = netD(fake)
             loss_g = g_loss(out, args.loss)
             optG.zero_grad()
             loss_g.backward()

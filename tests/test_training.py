@@ -33,10 +33,6 @@ TRICKS = [
     "interpolate",
     "--d_steps",
     "2",
-    "--diffaug",
-    "color",
-    "translation",
-    "cutout",
 ]
 
 
@@ -188,9 +184,6 @@ def test_lr_decay_runs_over_the_whole_run(script, decay, expected):
         ["--init", "he"],
         ["--init", "xavier"],
         ["--hflip"],
-        ["--diffaug", "color"],
-        ["--diffaug", "translation"],
-        ["--diffaug", "cutout"],
         ["--gp", "r1", "--gp_weight", "1"],
     ],
 )
@@ -215,45 +208,6 @@ def test_gp_every_takes_the_penalty_in_some_steps_only(script, monkeypatch):
     lazy = train(script, "--max_steps", 1, "--gp", "r1", "--gp_weight", 2, "--gp_every", 3, out="one")
     heavy = train(script, "--max_steps", 1, "--gp", "r1", "--gp_weight", 6, out="heavy")
     assert_same(lazy["netD"], heavy["netD"])
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_diff_augment(script, dtype):
-    """Each image its own draw; what a translation leaves, and what a cut leaves, is the image; all have gradients."""
-    torch.manual_seed(0)
-    x = torch.rand(32, 3, 16, 16).add(0.5).to(dtype).requires_grad_()  # nowhere 0
-    assert script.diff_augment(x, None) is x
-    color, moved, cut = (script.diff_augment(x, [kind]) for kind in ("color", "translation", "cutout"))
-    for y in (color, moved, cut, script.diff_augment(x, ["cutout", "color", "translation"])):
-        assert y.shape == x.shape
-        (grad,) = torch.autograd.grad(y.float().sum(), x)
-        assert grad.isfinite().all()
-        assert (grad != 0).any(3).any(2).all()
-        assert not torch.equal(y[0] - x[0], y[1] - x[1])
-    assert ((color - x).float().flatten(1).std(1) > 1e-3).any()
-    offsets = set()
-    for image, y in zip(x, moved):
-        fits = []
-        for dy in range(-2, 3):
-            for dx in range(-2, 3):
-                wide = torch.nn.functional.pad(image, (2, 2, 2, 2))[:, 2 + dy : 18 + dy, 2 + dx : 18 + dx]
-                fits += [(dy, dx)] * torch.equal(wide, y)
-        assert len(fits) == 1
-        offsets |= set(fits)
-    assert len(offsets) > 10
-    for image, y in zip(x, cut):
-        hole = (y == 0).all(0)
-        assert torch.equal(y[:, ~hole], image[:, ~hole])
-        assert hole.any(1).sum() * hole.any(0).sum() == hole.sum()  # a rectangle
-        assert 4 * 4 <= hole.sum() <= 8 * 8
-
-
-def test_diffaug_shows_no_image_as_it_is(script, monkeypatch):
-    """Real and fake images of netD's step and the fakes of netG's, with the kinds asked for."""
-    calls = []
-    monkeypatch.setattr(script, "diff_augment", lambda x, kinds: calls.append((x.requires_grad, kinds)) or x)
-    train(script, "--max_steps", 1, "--diffaug", "color", "cutout")
-    assert calls == [(False, ["color", "cutout"]), (False, ["color", "cutout"]), (True, ["color", "cutout"])]
 
 
 def test_aux_fake_weighs_the_class_loss_on_fakes():
