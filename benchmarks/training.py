@@ -77,7 +77,8 @@ def baseline(args):
     name = args.as_baseline
     script = importlib.import_module(name)
     size = args.img_size or SIZES[name]
-    transform = transforms.Compose([transforms.Grayscale(args.nc), transforms.Resize(size), transforms.CenterCrop(size),
+    channels = [transforms.Grayscale(args.nc)] if args.nc == 1 or args.dataset == "mnist" else []  # ImageFolder's are RGB
+    transform = transforms.Compose([*channels, transforms.Resize(size), transforms.CenterCrop(size),
                                     transforms.ToTensor(), transforms.Normalize([0.5] * args.nc, [0.5] * args.nc)])
     if args.dataset == "mnist":
         data = datasets.MNIST(args.data_dir, transform=transform, download=True)
