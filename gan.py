@@ -54,9 +54,10 @@ DATASETS = {
     "cifar10": (32, 3, True),
     "celeba": (64, 3, True),
 }
-# The embedded digits are a demonstration of a minute or two on two cores. All else has dcgan.py's learning rate.
-LR_DIGITS, EPOCHS_DIGITS = (5e-4, 5e-4), 20
-NDF = {}  # netD's width where it is not 64
+# By data set: epochs, learning rates of netG and netD, netD's width, where they are not 5, the 2e-4 of dcgan.py and 64.
+EPOCHS = {"digits": 20}
+LR = {"digits": (5e-4, 5e-4)}
+NDF = {}
 CHECKPOINT_KEYS = {"script": str, "args": dict, "config": dict, "classes": list, "netG": dict, "netD": dict,
                    "netG_ema": dict, "optG": dict, "optD": dict, "replay": (list, type(None)), "epoch": int,
                    "position": int, "step": int}
@@ -142,13 +143,13 @@ def get_args(argv=None):
     g.add_argument("--ema", type=number(float, 0, 1), default=0.999, help="decay of netG's average, which is sampled")
 
     g = p.add_argument_group("optimisation")
-    g.add_argument("--epochs", type=number(int, 1), help="passes over the data (default: 5, or what digits take)")
+    g.add_argument("--epochs", type=number(int, 1), help="passes over the data (default: 5, or by data set)")
     g.add_argument("--max_steps", type=number(int, 1), help="stop after this many steps, wherever the epoch is")
     g.add_argument("--batch_size", type=number(int, 1), default=64, help="images per process and step")
     g.add_argument("--loss", choices=("bce", "hinge"), default="bce", help="bce: non-saturating cross-entropy")
-    g.add_argument("--lr", type=number(float, 0), help="learning rate of both nets (default: 2e-4)")
-    g.add_argument("--lr_g", type=number(float, 0), help="learning rate of netG (default: --lr, or what digits take)")
-    g.add_argument("--lr_d", type=number(float, 0), help="learning rate of netD (default: --lr, or what digits take)")
+    g.add_argument("--lr", type=number(float, 0), help="learning rate of both nets (default: 2e-4, or by data set)")
+    g.add_argument("--lr_g", type=number(float, 0), help="learning rate of netG (default: --lr, or by data set)")
+    g.add_argument("--lr_d", type=number(float, 0), help="learning rate of netD (default: --lr, or by data set)")
     g.add_argument("--beta1", type=number(float, 0, 0.9999), default=0.5, help="Adam's first-moment decay")
     g.add_argument("--beta2", type=number(float, 0, 0.9999), default=0.999, help="Adam's second-moment decay")
     g.add_argument("--optim_g", choices=("adam", "rmsprop"), default="adam", help="optimizer of netG")
@@ -210,9 +211,8 @@ def get_args(argv=None):
             if getattr(args, flag) != saved.get(flag):
                 p.error(f"--{flag} {getattr(args, flag)}: {path} was trained with {saved.get(flag)}, "
                         f"and --resume cannot change it; leave --{flag} out, or start a new run")
-    digits = args.dataset == "digits"
     args.ndf = args.ndf or NDF.get(args.dataset, 64)
-    args.epochs = args.epochs or (EPOCHS_DIGITS if digits else 5)
+    args.epochs = args.epochs or EPOCHS.get(args.dataset, 5)
     if args.loss == "hinge" and (args.real_label, args.fake_label) != (1, 0):
         p.error("--real_label and --fake_label are targets of --loss bce; the hinge loss has none")
     if args.interpolate and args.walk_dim is not None:
@@ -705,6 +705,21 @@ def generate(netG, inputs, batch_size=64):
     return np.concatenate(out)[:n]
 
 
+@torch.no_grad()
+def update_bn(netG, inputs, batch_size=64):
+    """Gives netG's BatchNorm the statistics of its own activations over inputs, arrays (n, ...): averaged weights come
+    with none (Izmailov et al. 2018, section 3.2). Weights and inputs alone decide them."""
+    layers = [m for m in netG.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    for layer in layers:
+        layer.reset_running_stats()
+        layer.momentum = None  # the mean over batches
+    device, n = next(netG.parameters()).device, len(inputs[0]) if layers else 0
+    netG.train()
+    for i in range(0, n, batch_size):
+        netG(*(torch.from_numpy(x[i:i + batch_size]).to(device) for x in inputs))
+    netG.eval()
+
+
 def make_grid(images, labels=None):
     """uint8 (N, H, W, C) -> one PIL image: nearly a square, or with labels (N) a row for each class."""
     from torchvision.utils import make_grid  # torchvision is slow to import; --help does without
@@ -888,7 +903,7 @@ def make_optimizer(net, kind, lr, betas, device):
 
 def learning_rates(args):
     """Of netG and netD: --lr_g and --lr_d, else --lr, else what suits the data set."""
-    default = LR_DIGITS if args.dataset == "digits" else (2e-4, 2e-4)
+    default = LR.get(args.dataset, (2e-4, 2e-4))
     given = ((args.lr_g, args.lr, default[0]), (args.lr_d, args.lr, default[1]))
     return [next(lr for lr in rates if lr is not None) for rates in given]
 
@@ -1008,14 +1023,14 @@ def train(args):
     ddpG, ddpD = (DistributedDataParallel(net) if world > 1 else net for net in (netG, netD))
     if world > 1:
         ddpG.broadcast_buffers = ddpD.broadcast_buffers = False  # the argument has another name from torch 2.15 on
-    ema_tensors, netG_tensors = ([t for t in net.state_dict().values() if t.is_floating_point()]
-                                 for net in (netG_ema, netG))
+    ema_weights, netG_weights = list(netG_ema.parameters()), list(netG.parameters())
 
     steps_per_epoch = len(images) // batch
     sample_interval = args.sample_interval or min(steps_per_epoch, 1000)
     total = step + max(0, len(images) - position) // batch + (args.epochs - epoch - 1) * steps_per_epoch
     total = min(total, args.max_steps or total)
     inputs_fixed = [latents(args.seed, 0, 64, args.nz)]
+    inputs_bn = [latents(args.seed, 0, 512, args.nz)]
     writer = None
     if rank == 0:
         try:
@@ -1035,7 +1050,8 @@ def train(args):
         print(f"{args.dataset}: {len(images)} images {args.img_size}x{args.img_size}x{args.nc}"
               + (f", {len(classes)} classes" if classes else "")
               + f"; netG {sizes[0]:.2f} M, netD {sizes[1]:.2f} M parameters; {world} x {device.type}, "
-              + f"{'bf16' if bf16 else 'fp32'}, seed {args.seed}; {total - step} steps -> {out_dir}", flush=True)
+              + f"{'bf16' if bf16 else 'fp32'}, rates {lr_g:g} and {lr_d:g}, seed {args.seed}; "
+              + f"{total - step} steps -> {out_dir}", flush=True)
 
     def save(name="checkpoint.pt"):
         weights = [*netG.parameters(), *netD.parameters()]
@@ -1136,7 +1152,7 @@ def train(args):
             optG.step()
             netD.requires_grad_(True)
             decay = min(args.ema, (1 + step) / (10 + step))
-            torch._foreach_lerp_(ema_tensors, netG_tensors, 1 - decay)
+            torch._foreach_lerp_(ema_weights, netG_weights, 1 - decay)
 
         with torch.no_grad():
             totals += torch.stack((loss_d.detach(), loss_g.detach(), out_real.float().sigmoid().mean(),
@@ -1163,13 +1179,18 @@ def train(args):
         if position + batch > len(images):
             epoch, position, order = epoch + 1, 0, None
         if rank == 0:
-            if step % sample_interval == 0 or step == total:
-                save_grid()
+            show = step % sample_interval == 0 or step == total
             minute = time.perf_counter() - last_save > 60
-            if done or (step % args.save_interval == 0 if args.save_interval else minute):
+            keep = done or (step % args.save_interval == 0 if args.save_interval else minute)
+            keep_epoch = args.keep_every and position == 0 and epoch % args.keep_every == 0
+            if show or keep or keep_epoch:
+                update_bn(netG_ema, inputs_bn)
+            if show:
+                save_grid()
+            if keep:
                 save()
                 last_save = time.perf_counter()
-            if args.keep_every and position == 0 and epoch % args.keep_every == 0:
+            if keep_epoch:
                 save(f"checkpoint_epoch_{epoch:04d}.pt")
     bar.close()
     if rank == 0:

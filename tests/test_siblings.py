@@ -64,7 +64,7 @@ def test_common_flags_have_the_same_meaning(other):
         assert mine[flag] == theirs[flag], flag
 
 
-@pytest.mark.parametrize(("a", "b", "most"), [("gan", "dcgan", 100), ("dcgan", "acgan", 130)])
+@pytest.mark.parametrize(("a", "b", "most"), [("gan", "dcgan", 100), ("dcgan", "acgan", 132)])
 def test_siblings_stay_close(a, b, most):
     lines = difflib.ndiff(*((ROOT / f"{s}.py").read_text().splitlines() for s in (a, b)))
     assert sum(line[0] in "+-" for line in lines) <= most

@@ -130,11 +130,51 @@ def test_same_seed_same_run_other_seed_other_run(script):
 def test_ema(script):
     """--ema 0 samples netG itself; 0.999 an average that is another net and starts quickly (warm-up)."""
     raw = train(script, "--max_steps", 3, "--ema", 0, out="raw")
-    for key in (k for k, v in raw["netG"].items() if v.is_floating_point()):
+    for key in (k for k, _ in script.Generator(**raw["config"]).named_parameters()):
         assert torch.equal(raw["netG_ema"][key], raw["netG"][key])
     ema = train(script, "--max_steps", 3, out="ema")
     assert_same(ema["netG"], raw["netG"])
     assert not torch.equal(next(iter(ema["netG"].values())), next(iter(ema["netG_ema"].values())))
+
+
+@pytest.mark.parametrize("name", ["dcgan", "acgan"])
+def test_the_average_has_statistics_of_its_own(name):
+    """BatchNorm's of netG_ema are what torch.optim.swa_utils.update_bn finds for its weights, of the data's classes."""
+    script = importlib.import_module(name)
+    ckpt = train(script, "--max_steps", 5, "--lr", 0.05)
+    netG, _ = script.load_generator("run/checkpoint.pt")
+    inputs = [torch.from_numpy(script.latents(0, 0, 512, 8))]
+    if name == "acgan":
+        inputs.append(torch.from_numpy(np.random.default_rng(0).choice(np.arange(64) % 10, 512)))
+
+    class Told(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.netG = netG
+
+        def forward(self, some):
+            return self.netG(*some)
+
+    netG.load_state_dict(script.Generator(**ckpt["config"]).state_dict() | dict(netG.named_parameters()))
+    torch.optim.swa_utils.update_bn([(some,) for some in zip(*(x.split(64) for x in inputs))], Told())
+    buffers = dict(netG.named_buffers())
+    assert buffers
+    assert_same(buffers, {k: ckpt["netG_ema"][k] for k in buffers})
+    far = [(v - ckpt["netG"][k]).abs().max() for k, v in buffers.items() if k.endswith("running_var")]
+    assert min(far) > 1e-3  # netG's own are others
+
+
+def test_rates_by_data_set_and_flag():
+    """What MNIST takes by default, the papers' 2e-4 for what is the user's own, and flags before both."""
+
+    def rates(*argv):
+        return dcgan.learning_rates(dcgan.get_args([*argv]))
+
+    assert rates("--dataset", "mnist") == [1e-3, 5e-4]
+    assert rates("--dataset", "celeba") == rates("--dataset", "my_images") == [2e-4, 2e-4]
+    assert rates("--dataset", "mnist", "--lr", "2e-4") == [2e-4, 2e-4]
+    assert rates("--dataset", "mnist", "--lr_d", "0") == [1e-3, 0]
+    assert rates("--lr", "3e-4", "--lr_g", "1e-3") == [1e-3, 3e-4]
 
 
 def test_d_steps_and_pretrain_d_hold_netG_still(script):
