@@ -143,7 +143,8 @@ def get_args(argv=None):
     g.add_argument("--ema", type=number(float, 0, 1), default=0.999, help="decay of netG's average, which is sampled")
 
     g = p.add_argument_group("optimisation")
-    g.add_argument("--epochs", type=number(int, 1), help="passes over the data (default: 5, or by data set)")
+    g.add_argument("--epochs", type=number(int, 1),
+                   help="passes over the data (default: 5, or what data set or --max_steps take)")
     g.add_argument("--max_steps", type=number(int, 1), help="stop after this many steps, wherever the epoch is")
     g.add_argument("--batch_size", type=number(int, 1), default=64, help="images per process and step")
     g.add_argument("--loss", choices=("bce", "hinge"), default="bce", help="bce: non-saturating cross-entropy")
@@ -171,7 +172,7 @@ def get_args(argv=None):
     g.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps")
     g.add_argument("--precision", choices=("auto", "fp32", "bf16"), default="auto",
                    help="bf16: autocast; auto takes it where the hardware is fast at it")
-    g.add_argument("--compile", action="store_true", help="torch.compile both nets: a minute or more, for long runs on GPUs")
+    g.add_argument("--compile", action="store_true", help="torch.compile both nets: a minute or more, for long runs")
     g.add_argument("--out_dir", help=f"where the run is kept (default: a new folder runs/{SCRIPT}-DATASET)")
     g.add_argument("--resume", nargs="?", const="newest", metavar="PATH",
                    help="go on from a checkpoint; without PATH from the newest of --out_dir")
@@ -204,7 +205,8 @@ def get_args(argv=None):
     if args.resume:
         path = newest_checkpoint(args.out_dir) if args.resume == "newest" else args.resume
         saved = load_checkpoint(path, SCRIPT)["args"]
-        saved = {k: saved.get(k) for k in vars(args) if k not in ("resume", "out_dir", "max_steps")}
+        others = ("resume", "out_dir", "max_steps") + (("lr_g", "lr_d") if args.lr is not None else ())
+        saved = {k: saved.get(k) for k in vars(args) if k not in others}
         args = p.parse_args([*as_flags(p, saved), *(sys.argv[1:] if argv is None else argv)])
         args.resume, args.out_dir = path, args.out_dir or str(Path(path).parent)
         for flag in FIXED_BY_CHECKPOINT:
@@ -212,7 +214,6 @@ def get_args(argv=None):
                 p.error(f"--{flag} {getattr(args, flag)}: {path} was trained with {saved.get(flag)}, "
                         f"and --resume cannot change it; leave --{flag} out, or start a new run")
     args.ndf = args.ndf or NDF.get(args.dataset, 64)
-    args.epochs = args.epochs or EPOCHS.get(args.dataset, 5)
     if args.loss == "hinge" and (args.real_label, args.fake_label) != (1, 0):
         p.error("--real_label and --fake_label are targets of --loss bce; the hinge loss has none")
     if args.interpolate and args.walk_dim is not None:
@@ -656,9 +657,16 @@ def load_data(args, quiet=False):
     return images, np.delete(np.array(source.labels, np.int64), skipped) if source.labels else None, source.classes
 
 
+def to_device(t, device):
+    """t on the device. A GPU takes it from pinned memory when it gets there, and nobody waits."""
+    if device.type != "cuda":
+        return t.to(device)
+    return (t if t.is_cuda else t.pin_memory()).to(device, non_blocking=True)
+
+
 def to_float(images, device):
     """uint8 (N, H, W, C) tensor -> float (N, C, H, W) in [-1, 1], channels_last in memory."""
-    return images.to(device, non_blocking=True).permute(0, 3, 1, 2).float().sub_(127.5).div_(127.5)
+    return to_device(images, device).permute(0, 3, 1, 2).float().sub_(127.5).div_(127.5)
 
 
 def to_uint8(images):
@@ -968,9 +976,11 @@ def train(args):
         if world > 1:
             dist.barrier()
     batch = args.batch_size * world  # of all processes together
+    steps_per_epoch = len(images) // batch
     if batch > len(images):
         fail(f"--batch_size {args.batch_size}: {world} process(es) need {batch} images a step, "
              f"there are {len(images)}; take it smaller")
+    args.epochs = args.epochs or max(EPOCHS.get(args.dataset, 5), math.ceil((args.max_steps or 0) / steps_per_epoch))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the mapped file is read-only; nobody writes
         data = torch.from_numpy(images)
@@ -1023,9 +1033,9 @@ def train(args):
     ddpG, ddpD = (DistributedDataParallel(net) if world > 1 else net for net in (netG, netD))
     if world > 1:
         ddpG.broadcast_buffers = ddpD.broadcast_buffers = False  # the argument has another name from torch 2.15 on
-    ema_weights, netG_weights = list(netG_ema.parameters()), list(netG.parameters())
+    # Detached: else each step's average would hold on to the graph of the one before.
+    ema_weights, netG_weights = ([w.detach() for w in net.parameters()] for net in (netG_ema, netG))
 
-    steps_per_epoch = len(images) // batch
     sample_interval = args.sample_interval or min(steps_per_epoch, 1000)
     total = step + max(0, len(images) - position) // batch + (args.epochs - epoch - 1) * steps_per_epoch
     total = min(total, args.max_steps or total)
@@ -1114,11 +1124,11 @@ def train(args):
             continue
         if order is None:
             bar.set_description(f"epoch {epoch + 1}/{args.epochs}")
-            order = np.random.default_rng((args.seed, epoch)).permutation(len(images))
+            order = torch.from_numpy(np.random.default_rng((args.seed, epoch)).permutation(len(images))).to(data.device)
         # All of a step's randomness comes from (seed, step, rank): a resume needs no other random state.
         torch.manual_seed(int(np.random.SeedSequence((args.seed, step, rank)).generate_state(1)[0]))
-        index = torch.from_numpy(order[position + rank:position + batch:world])
-        real = to_float(data[index.to(data.device)], device)
+        index = order[position + rank:position + batch:world]
+        real = to_float(data[index], device)
         if args.hflip:
             real = torch.where(torch.rand(len(real), 1, 1, 1, device=device) < 0.5, real.flip(3), real)
         factor = lr_factor(args.lr_decay, (epoch + position / len(images)) / args.epochs)
@@ -1221,7 +1231,7 @@ def main():
     except KeyboardInterrupt:
         fail("interrupted, nothing to save")
     except (RuntimeError, MemoryError) as e:
-        if "memory" not in str(e) and not isinstance(e, MemoryError):
+        if ("memory" not in str(e) or "illegal memory" in str(e)) and not isinstance(e, MemoryError):
             raise
         fail(f"not enough memory ({one_line(e)}); lower --batch_size, --img_size, --ngf or --ndf")
     except OSError as e:

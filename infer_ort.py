@@ -391,7 +391,7 @@ def generate(args):
     """What the command line asks for, or this process's part of it."""
     rank, world, local_rank = process()
     gen = Generator(args.model, args.batch_size, provider=args.provider, threads=args.threads,
-                    device_id=local_rank if args.device_id is None else args.device_id)
+                    device_id=local_rank % max(1, gpu_count()) if args.device_id is None else args.device_id)
     choice = gen.labels(args.labels) if gen.n_classes or args.labels else None
     if args.walk_dim is not None and args.walk_dim >= gen.nz:
         fail(f"--walk_dim {args.walk_dim}: this generator's latents have coordinates 0 to {gen.nz - 1}")

@@ -1,6 +1,7 @@
 """Generation measured in one run: PyTorch, a plain ONNX export, our exports, infer_ort.py and infer_ort.cpp.
 
-    python benchmarks/inference.py runs/dcgan-celeba                    # CPU; with a GPU also its table
+    python benchmarks/inference.py runs/dcgan-celeba                    # CPU; with a GPU its table first
+    python benchmarks/inference.py runs/dcgan-celeba --gpu_only         # that table alone
     python benchmarks/inference.py CHECKPOINT --cpp ./infer_ort         # the C++ program too, built as README says
 
 Everything that is compared is run in turn, round by round, in this process or as a user would start it; figures are
@@ -41,6 +42,7 @@ def get_args():
     p.add_argument("--seconds", type=float, default=1.0, help="of one measurement")
     p.add_argument("--n_samples", type=int, default=10000, help="pictures written by the programs")
     p.add_argument("--cpp", metavar="PROGRAM", help="infer_ort.cpp, built")
+    p.add_argument("--gpu_only", action="store_true", help="the GPU's table alone")
     return p.parse_args()
 
 
@@ -148,7 +150,7 @@ def launch(argv):
 
 def programs(args, script, netG, files, folder):
     """The two programs, end to end, against the bare session."""
-    python = [sys.executable, ROOT / "infer_ort.py"]
+    python = [sys.executable, ROOT / "infer_ort.py", "--provider", "cpu"]
     kinds = {"infer_ort.py": python} | ({"infer_ort.cpp": [args.cpp]} if args.cpp else {})
     print(f"\n| program, {args.n_samples} pictures | file | one picture, cold start | to an array file, images/s | "
           "to a folder of PNG, images/s | bare session, images/s | array / bare | peak resident |")
@@ -178,9 +180,11 @@ def programs(args, script, netG, files, folder):
 def gpu_table(args, script, netG, files):
     """fp16 through ONNX Runtime, several ways, against PyTorch; latents come from RAM, pixels go there."""
     device = torch.device("cuda")
+    torch.backends.cudnn.benchmark = True  # as ONNX Runtime searches too
     eager = copy.deepcopy(netG).to(device)
     folded = export.fold_batchnorm(copy.deepcopy(netG)).to(device).half().to(memory_format=torch.channels_last)
-    compiled = torch.compile(folded)
+    compiled = torch.compile(folded, dynamic=False)
+    graphs = torch.compile(folded, dynamic=False, mode="reduce-overhead")
 
     def pytorch(net, half, inputs):
         tensors = [torch.from_numpy(v).to(device) for v in inputs.values()]
@@ -199,6 +203,7 @@ def gpu_table(args, script, netG, files):
             "PyTorch eager fp32": functools.partial(pytorch, eager, False, inputs),
             "PyTorch eager fp16, folded, channels_last": functools.partial(pytorch, folded, True, inputs),
             "torch.compile of that": functools.partial(pytorch, compiled, True, inputs),
+            "torch.compile of that, CUDA graph": functools.partial(pytorch, graphs, True, inputs),
             "ONNX Runtime fp16, session.run": functools.partial(ours["infer_ort.py fp16"].session.run, None, inputs),
         } | {name: functools.partial(gen, *inputs.values()) for name, gen in ours.items()}
         measure = functools.partial(rate, n=n, seconds=args.seconds, sync=torch.cuda.synchronize)
@@ -214,6 +219,8 @@ def gpu_table(args, script, netG, files):
 
 def main():
     args = get_args()
+    if args.gpu_only and not torch.cuda.is_available():
+        sys.exit("inference.py: error: --gpu_only: PyTorch finds no GPU here; leave it out")
     logging.disable(logging.WARNING)  # of onnxruntime.quantization, about how it works inside
     cpu = Path("/proc/cpuinfo")
     model = re.search(r"model name\s*: (.*)", cpu.read_text()).group(1) if cpu.exists() else platform.processor()
@@ -222,8 +229,9 @@ def main():
         folder = Path(folder)
         files = {name: folder / f"{name}.onnx" for name in ("plain", "fp32", "int8", "uint8", "fp16")}
         plain_export(netG, export.draw(script, netG, 0, 0, 2), files["plain"])
-        flags = {"fp32": [], "int8": ["--precision", "int8"], "uint8": ["--precision", "int8", "--uint8"],
-                 "fp16": ["--precision", "fp16", "--uint8"]}
+        flags = {"fp16": ["--precision", "fp16", "--uint8"]}
+        if not args.gpu_only:
+            flags |= {"fp32": [], "int8": ["--precision", "int8"], "uint8": ["--precision", "int8", "--uint8"]}
         for name, argv in flags.items():
             export.export(export.get_args([args.checkpoint, "-o", str(files[name]), *argv]))
         with torch.inference_mode():
@@ -231,9 +239,10 @@ def main():
         print(f"\n{script.SCRIPT} {shape}, {sum(p.numel() for p in netG.parameters()) / 1e6:.2f} M parameters; "
               f"{model}, {torch.get_num_threads()} threads; torch {torch.__version__}, onnxruntime {ort.__version__}; "
               f"images/s: median of {args.rounds} rounds in turn, and their range")
-        cpu_tables(args, script, netG, files, folder)
         if torch.cuda.is_available():
             gpu_table(args, script, netG, files)
+        if not args.gpu_only:
+            cpu_tables(args, script, netG, files, folder)
 
 
 if __name__ == "__main__":

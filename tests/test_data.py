@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from conftest import error_of, picture
 from PIL import Image
 
@@ -335,7 +336,7 @@ def test_failed_downloads_say_what_to_put_where(monkeypatch, capfd):
 
 def test_pixels_survive_the_round_trip():
     pixels = np.arange(256, dtype=np.uint8).reshape(1, 16, 16, 1)
-    np.testing.assert_array_equal(dcgan.to_uint8(dcgan.to_float(dcgan.torch.from_numpy(pixels), "cpu")), pixels)
+    np.testing.assert_array_equal(dcgan.to_uint8(dcgan.to_float(torch.from_numpy(pixels), torch.device("cpu"))), pixels)
 
 
 def test_real_mnist(data_dir):

@@ -137,6 +137,15 @@ def test_ema(script):
     assert not torch.equal(next(iter(ema["netG"].values())), next(iter(ema["netG_ema"].values())))
 
 
+def test_the_average_keeps_no_graph(script, monkeypatch):
+    """Its weights stay leaves without gradients: a graph would grow by a node for each weight in each step."""
+    seen, update_bn = [], script.update_bn
+    monkeypatch.setattr(script, "update_bn", lambda net, inputs: (seen.extend(net.parameters()), update_bn(net, inputs)))
+    train(script, "--max_steps", 3)
+    assert seen
+    assert not any(w.requires_grad or w.grad_fn for w in seen)
+
+
 @pytest.mark.parametrize("name", ["dcgan", "acgan"])
 def test_the_average_has_statistics_of_its_own(name):
     """BatchNorm's of netG_ema are what torch.optim.swa_utils.update_bn finds for its weights, of the data's classes."""
@@ -162,6 +171,26 @@ def test_the_average_has_statistics_of_its_own(name):
     assert_same(buffers, {k: ckpt["netG_ema"][k] for k in buffers})
     far = [(v - ckpt["netG"][k]).abs().max() for k, v in buffers.items() if k.endswith("running_var")]
     assert min(far) > 1e-3  # netG's own are others
+
+
+def test_max_steps_alone_takes_the_epochs_it_needs(script):
+    """8 steps an epoch: two steps more than the default epochs and one take one more; --epochs, if given, ends it earlier."""
+    default = script.EPOCHS["digits"]
+    ckpt = train(script, "--max_steps", 8 * default + 10)
+    assert (ckpt["step"], ckpt["epoch"], ckpt["args"]["epochs"]) == (8 * default + 10, default + 1, default + 2)
+    ckpt = train(script, "--max_steps", 50, "--epochs", 2, out="short")
+    assert (ckpt["step"], ckpt["args"]["epochs"]) == (16, 2)
+    assert train(script, "--max_steps", 1, out="one")["args"]["epochs"] == default
+
+
+def test_a_new_lr_at_resume_outranks_the_saved_lr_g(script):
+    train(script, "--max_steps", 1, "--lr_g", 1e-3, "--lr_d", 5e-4)
+    for flags, rates in (
+        (["--lr", "1e-4"], [1e-4, 1e-4]),
+        (["--lr", "1e-4", "--lr_d", "1e-5"], [1e-4, 1e-5]),
+        ([], [1e-3, 5e-4]),
+    ):
+        assert script.learning_rates(script.get_args(["--resume", "run", *flags])) == rates
 
 
 def test_rates_by_data_set_and_flag():
