@@ -733,7 +733,8 @@ def generate(netG, inputs, batch_size=64):
 @torch.no_grad()
 def update_bn(netG, inputs, batch_size=64):
     """Gives netG's BatchNorm the statistics of its own activations over inputs, arrays (n, ...): averaged weights come
-    with none (Izmailov et al. 2018, section 3.2). Weights and inputs alone decide them."""
+    with none (Izmailov et al. 2018, section 3.2). Weights and inputs alone decide them. A net
+    without BatchNorm, such as gan.py's, stays as it is."""
     layers = [m for m in netG.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
     for layer in layers:
         layer.reset_running_stats()

@@ -1,6 +1,8 @@
 """A user's mistake: one line that names the flag or file and the way out, exit code not 0, no traceback."""
 
 import os
+import signal
+import sys
 import zipfile
 
 import pytest
@@ -191,3 +193,15 @@ def test_pretraining_must_leave_something(capfd):
     import acgan
 
     assert "--pretrain_aux 5" in messages(acgan, capfd, "--pretrain_aux", 5, "--epochs", 2)
+
+
+def test_too_little_memory_is_one_line_and_a_fault_of_the_gpu_is_not_that(script, capfd, monkeypatch):
+    monkeypatch.setattr(sys, "argv", [f"{script.SCRIPT}.py"])
+    monkeypatch.setattr(signal, "signal", lambda *args: None)
+    for text in ("CUDA out of memory. Tried to allocate 2 GiB", "DefaultCPUAllocator: can't allocate memory"):
+        monkeypatch.setattr(script, "train", lambda args, text=text: (_ for _ in ()).throw(RuntimeError(text)))
+        assert f"not enough memory ({text}); lower --batch_size" in error_of(capfd, script.main)
+    fault = RuntimeError("CUDA error: an illegal memory access was encountered")
+    monkeypatch.setattr(script, "train", lambda args: (_ for _ in ()).throw(fault))
+    with pytest.raises(RuntimeError, match="illegal"):
+        script.main()
