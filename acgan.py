@@ -1166,6 +1166,8 @@ def train(args):
     loss_g = torch.zeros((), device=device)
     bar = tqdm(total=total, initial=step, unit="step", dynamic_ncols=True, disable=rank > 0)
     done, order = False, None
+    # torch.manual_seed formats a stack trace for GPUs that there may be: 0.4 ms, 6 % of gan.py's step.
+    set_seed = torch.default_generator.manual_seed if device.type == "cpu" else torch.manual_seed
     while epoch < args.epochs and not done:
         if position + batch > len(images):  # what is left of the epoch fills no batch
             epoch, position, order = epoch + 1, 0, None
@@ -1174,7 +1176,7 @@ def train(args):
             bar.set_description(f"epoch {epoch + 1}/{args.epochs}")
             order = torch.from_numpy(np.random.default_rng((args.seed, epoch)).permutation(len(images))).to(data.device)
         # All of a step's randomness comes from (seed, step, rank): a resume needs no other random state.
-        torch.manual_seed(int(np.random.SeedSequence((args.seed, step, rank)).generate_state(1)[0]))
+        set_seed(int(np.random.SeedSequence((args.seed, step, rank)).generate_state(1)[0]))
         index = order[position + rank:position + batch:world]
         real = to_float(data[index], device)
         y = to_device(targets[index], device)  # of the fakes too: p(c) is the data's
