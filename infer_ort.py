@@ -51,7 +51,8 @@ def number(kind, low, high=math.inf):
     def parse(text):
         value = kind(text)
         if not low <= value <= high:
-            raise argparse.ArgumentTypeError(f"{text} is not between {low} and {high}")
+            wanted = f"{low} or more" if high == math.inf else f"between {low} and {high}"
+            raise argparse.ArgumentTypeError(f"{text} is not {wanted}")
         return value
 
     parse.__name__ = kind.__name__

@@ -32,7 +32,7 @@ def messages(script, capfd, *argv):
         (["--dataset", "hollow.zip"], "hollow.zip: no images in it"),
         (["--dataset", "broken"], "none of 2 images can be read"),
         (["--batch_size", "65"], "--batch_size 65"),
-        (["--batch_size", "0"], "--batch_size: 0 is not between 1"),
+        (["--batch_size", "0"], "--batch_size: 0 is not 1 or more"),
         (["--lr", "fast"], "--lr: invalid float value: 'fast'"),
         (["--dropout", "1.5"], "--dropout"),
         (["--epocs", "3"], "--epocs"),
