@@ -173,7 +173,8 @@ def get_args(argv=None):
     g.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps")
     g.add_argument("--precision", choices=("auto", "fp32", "bf16"), default="auto",
                    help="bf16: autocast; auto takes it where the hardware is fast at it")
-    g.add_argument("--compile", action="store_true", help="torch.compile both nets: a minute or more, for long runs")
+    g.add_argument("--compile", action=argparse.BooleanOptionalAction, default=False,
+                   help="torch.compile both nets: a minute or more, for long runs")
     g.add_argument("--out_dir", help=f"where the run is kept (default: a new folder runs/{SCRIPT}-DATASET)")
     g.add_argument("--resume", nargs="?", const="newest", metavar="PATH",
                    help="go on from a checkpoint; without PATH from the newest of --out_dir")
@@ -182,7 +183,8 @@ def get_args(argv=None):
     g.add_argument("--keep_every", type=number(int, 0), default=0, metavar="EPOCHS",
                    help="also keep a numbered checkpoint every so many epochs")
     g.add_argument("--log_interval", type=number(int, 1), default=50, help="steps")
-    g.add_argument("--tensorboard", action="store_true", help="write scalars and grids for TensorBoard too")
+    g.add_argument("--tensorboard", action=argparse.BooleanOptionalAction, default=False,
+                   help="write scalars and grids for TensorBoard too")
 
     g = p.add_argument_group("sampling")
     g.add_argument("--sample", metavar="CHECKPOINT", help="generate instead of training; needs no other flag")
@@ -206,7 +208,8 @@ def get_args(argv=None):
     if args.resume:
         path = newest_checkpoint(args.out_dir) if args.resume == "newest" else args.resume
         saved = load_checkpoint(path, SCRIPT)["args"]
-        others = ("resume", "out_dir", "max_steps") + (("lr_g", "lr_d") if args.lr is not None else ())
+        others = ("resume", "out_dir") + (("lr_g", "lr_d") if args.lr is not None else ())
+        others += ("max_steps",) if args.epochs or saved.get("epochs") else ()  # it stays where it sets the epochs
         saved = {k: saved.get(k) for k in vars(args) if k not in others}
         args = p.parse_args([*as_flags(p, saved), *(sys.argv[1:] if argv is None else argv)])
         args.resume, args.out_dir = path, args.out_dir or str(Path(path).parent)
@@ -220,17 +223,17 @@ def get_args(argv=None):
     if args.interpolate and args.walk_dim is not None:
         p.error("--interpolate and --walk_dim are two walks; choose one")
     if args.compile and not any(map(shutil.which, ("c++", "g++", "clang++", "cl"))):
-        p.error("--compile: needs a C++ compiler, such as g++; install one, or leave it out")
+        p.error("--compile: needs a C++ compiler, such as g++; install one, or give --no-compile")
     return args
 
 
 # ------------------------------------------------------------------------------------------------------- models
 
 
-def check_img_size(img_size):
-    """Exits unless the nets can make this size."""
+def check_img_size(img_size, asked_by="--img_size"):
+    """Exits unless the nets can make this size. asked_by: the flag or file that a message is to name."""
     if img_size < 1:
-        fail(f"--img_size {img_size}: must be 1 or more")
+        fail(f"{asked_by}: {img_size} must be 1 or more")
 
 
 class Generator(nn.Module):
@@ -338,8 +341,9 @@ class Replay:
             return batch
         batch = [t.detach() for t in batch]
         if self.store is None or len(self.store[0]) < self.size:
-            old = self.store or [t[:0] for t in batch]
-            self.store = [torch.cat((s, t))[:self.size] for s, t in zip(old, batch)]
+            # Not begun with empty tensors: those have no memory format to keep.
+            joined = [torch.cat((s, t)) for s, t in zip(self.store, batch)] if self.store else batch
+            self.store = [t[:self.size] for t in joined]
             return batch
         k = round(self.fraction * len(batch[0]))
         pick = torch.randperm(self.size, device=batch[0].device)[:k]
@@ -748,10 +752,10 @@ def save_image(img, path, **kwargs):
         img.save(f, format=Path(path).suffix[1:], **kwargs)
 
 
-def save_gif(frames, path, ms):
-    """PIL images -> looping GIF that shows each for `ms` milliseconds, the last for a second."""
+def save_gif(frames, path, ms, last):
+    """PIL images -> looping GIF that shows each for `ms` milliseconds, the last for `last`."""
     save_image(frames[0], path, save_all=True, append_images=frames[1:], loop=0,
-               duration=[ms] * (len(frames) - 1) + [max(ms, 1000)])
+               duration=[ms] * (len(frames) - 1) + [last])
 
 
 def save_samples(images, out, labels=None):
@@ -788,7 +792,7 @@ def sample(args):
     images = generate(netG, [z], args.batch_size)
     try:
         if args.interpolate:
-            save_gif([make_grid(frame) for frame in images.reshape(-1, n, *images.shape[1:])], out, ms=50)
+            save_gif([make_grid(frame) for frame in images.reshape(-1, n, *images.shape[1:])], out, ms=50, last=50)
         else:
             save_samples(images, out)
     except OSError as e:
@@ -824,6 +828,9 @@ def load_checkpoint(path, script=None):
         fail(f"{path}: refused, it is damaged or holds Python objects that could run code when loaded; what can be "
              "loaded is a state dict: torch.save(netG.state_dict(), FILE)")
     except Exception as e:  # noqa: BLE001  damaged files make torch raise nearly anything
+        if "TorchScript" in str(e):
+            fail(f"{path}: is a TorchScript program; save its state dict: "
+                 "torch.save(torch.jit.load(PROGRAM).state_dict(), FILE)")
         fail(f"{path}: cannot be read, truncated or not a PyTorch checkpoint ({one_line(e)})")
     if isinstance(ckpt, dict) and "script" in ckpt:
         wrong = [k for k, kind in CHECKPOINT_KEYS.items() if not isinstance(ckpt.get(k, NotImplemented), kind)
@@ -856,7 +863,7 @@ def load_generator(path, weights="ema"):
         except (IndexError, KeyError, ValueError):
             fail(f"{path}: no generator of {SCRIPT}.py in it; looked at the top and under {', '.join(keys)}")
     try:
-        check_img_size(config["img_size"])
+        check_img_size(config["img_size"], path)
         with torch.device("meta"):  # no memory yet: a file can claim any size
             netG = Generator(**config)
         netG.load_state_dict(state, assign=True)
@@ -968,6 +975,8 @@ def train(args):
     bf16 = use_bf16(args.precision, device)
 
     torch.backends.cudnn.benchmark = True
+    if device.type == "cuda":
+        torch.set_float32_matmul_precision("high")  # TF32, which convolutions have by default
     keep_freed_memory()
     out_dir = new_out_dir(args)
 
@@ -982,7 +991,7 @@ def train(args):
     if batch > len(images):
         fail(f"--batch_size {args.batch_size}: {world} process(es) need {batch} images a step, "
              f"there are {len(images)}; take it smaller")
-    args.epochs = args.epochs or max(EPOCHS.get(args.dataset, 5), math.ceil((args.max_steps or 0) / steps_per_epoch))
+    epochs = args.epochs or max(EPOCHS.get(args.dataset, 5), math.ceil((args.max_steps or 0) / steps_per_epoch))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the mapped file is read-only; nobody writes
         data = torch.from_numpy(images)
@@ -1022,8 +1031,8 @@ def train(args):
         except (KeyError, RuntimeError, ValueError, TypeError, AttributeError, IndexError) as e:
             reason = str(e).rpartition(":\n")[2]
             fail(f"{args.resume}: does not fit this run: {one_line(reason)}")
-        if epoch >= args.epochs:
-            fail(f"--epochs {args.epochs}: {args.resume} has done {epoch}; go on with --epochs {epoch + 10}, say")
+        if epoch >= epochs:
+            fail(f"--epochs {epochs}: {args.resume} has done {epoch}; go on with --epochs {epoch + 10}, say")
         if step >= (args.max_steps or math.inf):
             fail(f"--max_steps {args.max_steps}: {args.resume} is at step {step}; name more")
 
@@ -1034,12 +1043,14 @@ def train(args):
     # forward, they would change under netD's two forwards before one backward.
     ddpG, ddpD = (DistributedDataParallel(net) if world > 1 else net for net in (netG, netD))
     if world > 1:
+        # DDP takes the strides of a dimension of 1, grey images' channel, for a matter of layout.
+        warnings.filterwarnings("ignore", message="Grad strides do not match")
         ddpG.broadcast_buffers = ddpD.broadcast_buffers = False  # the argument has another name from torch 2.15 on
     # Detached: else each step's average would hold on to the graph of the one before.
     ema_weights, netG_weights = ([w.detach() for w in net.parameters()] for net in (netG_ema, netG))
 
     sample_interval = args.sample_interval or min(steps_per_epoch, 1000)
-    total = step + max(0, len(images) - position) // batch + (args.epochs - epoch - 1) * steps_per_epoch
+    total = step + max(0, len(images) - position) // batch + (epochs - epoch - 1) * steps_per_epoch
     total = min(total, args.max_steps or total)
     inputs_fixed = [latents(args.seed, 0, 64, args.nz)]
     inputs_bn = [latents(args.seed, 0, 512, args.nz)]
@@ -1122,12 +1133,12 @@ def train(args):
     done, order = False, None
     # torch.manual_seed formats a stack trace for GPUs that there may be: 0.4 ms, 6 % of gan.py's step.
     set_seed = torch.default_generator.manual_seed if device.type == "cpu" else torch.manual_seed
-    while epoch < args.epochs and not done:
+    while epoch < epochs and not done:
         if position + batch > len(images):  # what is left of the epoch fills no batch
             epoch, position, order = epoch + 1, 0, None
             continue
         if order is None:
-            bar.set_description(f"epoch {epoch + 1}/{args.epochs}")
+            bar.set_description(f"epoch {epoch + 1}/{epochs}")
             order = torch.from_numpy(np.random.default_rng((args.seed, epoch)).permutation(len(images))).to(data.device)
         # All of a step's randomness comes from (seed, step, rank): a resume needs no other random state.
         set_seed(int(np.random.SeedSequence((args.seed, step, rank)).generate_state(1)[0]))
@@ -1135,7 +1146,7 @@ def train(args):
         real = to_float(data[index], device)
         if args.hflip:
             real = torch.where(torch.rand(len(real), 1, 1, 1, device=device) < 0.5, real.flip(3), real)
-        factor = lr_factor(args.lr_decay, (epoch + position / len(images)) / args.epochs)
+        factor = lr_factor(args.lr_decay, (epoch + position / len(images)) / epochs)
         optG.param_groups[0]["lr"], optD.param_groups[0]["lr"] = factor * lr_g, factor * lr_d
         g_step = step >= args.pretrain_d and (step + 1) % args.d_steps == 0
 
@@ -1210,7 +1221,7 @@ def train(args):
         frames = sorted((out_dir / "samples").glob("step_*.png"))
         if not stop and frames:
             frames = frames[::-(-len(frames) // 100)][:-1] + frames[-1:]
-            save_gif([Image.open(f).convert("RGB") for f in frames], out_dir / "samples.gif", ms=200)
+            save_gif([Image.open(f).convert("RGB") for f in frames], out_dir / "samples.gif", ms=200, last=1000)
         if writer:
             writer.close()
         lock_file.close()
@@ -1226,7 +1237,8 @@ def train(args):
 
 
 def main():
-    sys.stdout.reconfigure(errors="backslashreplace")  # the name of a file need not be text
+    if sys.stdout:  # not where it is closed
+        sys.stdout.reconfigure(errors="backslashreplace")  # the name of a file need not be text
     args = get_args()
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # until train() has its own
     try:

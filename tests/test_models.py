@@ -42,7 +42,7 @@ def test_gan_makes_any_size(size):
 @pytest.mark.parametrize("size", [8, 28, 48, 512])
 def test_other_sizes_are_refused(size, capfd):
     for module in (dcgan, acgan):
-        assert f"--img_size {size}" in error_of(capfd, module.check_img_size, size)
+        assert f"not of {size}" in error_of(capfd, module.check_img_size, size)
 
 
 def test_dcgan_is_the_net_of_pytorch_examples_at_64():
@@ -151,6 +151,13 @@ def test_replay_mixes_in_old_fakes(script):
     (out,) = replay.mix(torch.full((4, 1), 2.0))
     assert sorted((out == 2).flatten().tolist()) == [False, False, True, True]
     assert (replay.store[0] == 2).sum() == 2
+
+
+def test_replay_keeps_channels_last(script):
+    replay = script.Replay(8, 0.5)
+    for _ in range(4):
+        (out,) = replay.mix(torch.randn(4, 3, 16, 16).to(memory_format=torch.channels_last))
+        assert out.is_contiguous(memory_format=torch.channels_last)
 
 
 def test_lr_factor(script):

@@ -1,5 +1,6 @@
 """Training: nothing lost, every flag does what it says, several processes agree."""
 
+import contextlib
 import importlib
 import json
 import os
@@ -177,10 +178,44 @@ def test_max_steps_alone_takes_the_epochs_it_needs(script):
     """8 steps an epoch: two steps more than the default epochs and one take one more; --epochs, if given, ends it earlier."""
     default = script.EPOCHS["digits"]
     ckpt = train(script, "--max_steps", 8 * default + 10)
-    assert (ckpt["step"], ckpt["epoch"], ckpt["args"]["epochs"]) == (8 * default + 10, default + 1, default + 2)
+    assert (ckpt["step"], ckpt["epoch"]) == (8 * default + 10, default + 1)
     ckpt = train(script, "--max_steps", 50, "--epochs", 2, out="short")
-    assert (ckpt["step"], ckpt["args"]["epochs"]) == (16, 2)
-    assert train(script, "--max_steps", 1, out="one")["args"]["epochs"] == default
+    assert (ckpt["step"], ckpt["epoch"]) == (16, 2)
+
+
+def test_a_resume_takes_the_epochs_it_needs_too(script, capfd):
+    """What --max_steps has made of --epochs is nothing that the user has typed."""
+    default = script.EPOCHS["digits"]
+    train(script, "--max_steps", 3)
+
+    def resume(*argv):
+        script.train(script.get_args(["--resume", "run", *map(str, argv)]))
+        return script.load_checkpoint("run/checkpoint.pt")["step"]
+
+    assert "--max_steps 3: run/checkpoint.pt is at step 3" in error_of(capfd, resume)
+    assert resume("--max_steps", 8 * default + 9) == 8 * default + 9
+    assert resume("--epochs", default + 2) == 8 * (default + 2)
+
+
+def test_a_run_cut_short_goes_on_to_its_max_steps(script, monkeypatch):
+    """Killed at a save, and gone on with: as many steps as were asked for, and the rates of the whole run."""
+    argv = ["--max_steps", 8 * script.EPOCHS["digits"] + 9, "--lr_decay", "linear", "--save_interval", 5]
+    whole = train(script, *argv, out="whole")
+    save, saves = script.atomic_write, []
+
+    @contextlib.contextmanager
+    def killed(path):
+        with save(path) as f:
+            yield f
+        saves.append(path)
+        if str(path).endswith("checkpoint.pt"):
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(script, "atomic_write", killed)
+        train(script, *argv, out="parts")
+    script.train(script.get_args(["--resume", "parts"]))
+    assert_same(script.load_checkpoint("parts/checkpoint.pt")["netG"], whole["netG"])
 
 
 def test_a_new_lr_at_resume_outranks_the_saved_lr_g(script):
@@ -573,3 +608,12 @@ def test_compile_without_a_compiler(script, monkeypatch, capsys):
     with pytest.raises(SystemExit):
         script.get_args(["--compile"])
     assert "--compile: needs a C++ compiler" in capsys.readouterr().err
+
+
+def test_compile_and_tensorboard_can_be_left_out_at_resume(script, monkeypatch):
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda *args, **kwargs: None)
+    train(script, "--max_steps", 1, "--compile", "--tensorboard")
+    monkeypatch.setenv("PATH", "")
+    args = script.get_args(["--resume", "run", "--no-compile", "--no-tensorboard", "--max_steps", "2"])
+    assert (args.compile, args.tensorboard) == (False, False)
+    script.train(args)
