@@ -22,10 +22,12 @@ import json
 import logging
 import math
 import os
+import shlex
 import sys
 import tempfile
 import warnings
-from pathlib import Path
+import zlib
+from pathlib import Path, PureWindowsPath
 
 import numpy as np
 import torch
@@ -39,7 +41,7 @@ TOLERANCE = {"fp32": (1e-4, 0), "fp16": (math.inf, 40), "int8": (math.inf, 35)}
 
 def fail(message):
     """Ends the program with one line for the user: exit code 2 if the message begins with a flag, 1 otherwise."""
-    print(f"export.py: error: {message}", file=sys.stderr)
+    print(f"export.py: error: {' '.join(message.splitlines())}", file=sys.stderr)  # a file's name may hold a newline
     sys.exit(2 if message.startswith("--") else 1)
 
 
@@ -69,10 +71,10 @@ def get_args(argv=None):
     p.add_argument("--seed", type=int, default=0, help="of the latents for int8's calibration and for the check")
     p.add_argument("--no-verify", dest="verify", action="store_false", help="do not compare with PyTorch")
     args = p.parse_args(argv)
-    if args.batch_size is not None and args.batch_size < 1:
-        p.error(f"--batch_size {args.batch_size}: at least 1")
-    if args.seed < 0:
-        p.error(f"--seed {args.seed}: at least 0")
+    if args.batch_size is not None and not 1 <= args.batch_size <= 65536:
+        p.error(f"--batch_size {args.batch_size}: 1 to 65536")
+    if not 0 <= args.seed < 2**63:
+        p.error(f"--seed {args.seed}: 0 to {2**63 - 1}")
     if args.precision == "int8" and args.phases is False:
         p.error("--no-phases: ONNX Runtime has no int8 transposed convolution; choose fp32 or fp16")
     args.phases = args.precision != "fp16" if args.phases is None else args.phases
@@ -320,7 +322,8 @@ def describe(args, script, netG, ckpt, shape):
         "format_version": 1, "script": script.SCRIPT, "nz": netG.nz, "nc": nc, "img_size": size,
         "n_classes": netG.label_emb.num_embeddings if hasattr(netG, "label_emb") else 0,
         "classes": json.dumps(classes if hasattr(netG, "label_emb") else []), "layout": layout, "value_range": values,
-        "precision": args.precision, "latent": "N(0, 1)", "dataset": Path(run.get("dataset", "unknown")).name,
+        "precision": args.precision, "latent": "N(0, 1)",
+        "dataset": PureWindowsPath(str(run.get("dataset", "unknown"))).name,  # slashes of both kinds end a folder
         "epochs": ckpt["epoch"] if run else "unknown", "steps": ckpt["step"] if run else "unknown",
         "weights": args.weights if run else "unknown",
         "checkpoint_sha256": hashlib.sha256(Path(args.checkpoint).read_bytes()).hexdigest(),
@@ -335,6 +338,15 @@ def strip(model):
     for part in (model, graph, *graph.node, *graph.value_info, *graph.input, *graph.output, *graph.initializer):
         del part.metadata_props[:]
         part.ClearField("doc_string")
+
+
+def seal(data):
+    """The bytes of a model with one more metadata entry at their end, crc32, over all before its eight digits."""
+    import onnx
+
+    entry = onnx.ModelProto(metadata_props=[onnx.StringStringEntryProto(key="crc32", value="0" * 8)])
+    data += entry.SerializeToString()[:-8]  # messages may be joined: what is repeated goes on
+    return data + b"%08x" % zlib.crc32(data)
 
 
 def compare(script, netG, path, args):
@@ -378,12 +390,16 @@ def export(args):
         if args.opset is None:
             raise
         model = None
-    if args.opset and (model is None or model.opset_import[0].version != args.opset):
+    if args.opset is not None and (model is None or model.opset_import[0].version != args.opset):
         fail(f"--opset {args.opset}: torch.onnx {torch.__version__} does not write it for this net; leave --opset out")
     groups = to_phases(model) if args.phases else []
     if args.precision == "int8":
         n = args.batch_size or 16
-        model = quantize(model, groups, [draw(script, netG, args.seed, 2**40 + i, n) for i in range(0, max(n, 256), n)])
+        batches = [draw(script, netG, args.seed, 2**40 + i, n) for i in range(0, max(n, 256), n)]
+        try:
+            model = quantize(model, groups, batches)
+        except OSError as e:
+            fail(f"{tempfile.gettempdir()}: cannot be written ({e.strerror or e}); name another folder by TMPDIR")
     strip(model)
     shape = [d.dim_value for d in model.graph.output[0].type.tensor_type.shape.dim]
     facts = describe(args, script, netG, ckpt, shape)
@@ -393,7 +409,7 @@ def export(args):
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         with open(tmp, "wb") as f:
-            f.write(model.SerializeToString())
+            f.write(seal(model.SerializeToString()))
             f.flush()
             os.fsync(f.fileno())
         result = "not compared with PyTorch"
@@ -414,11 +430,12 @@ def export(args):
         with contextlib.suppress(OSError):
             tmp.unlink()
     print(f"{out}: {out.stat().st_size / 1e6:.2f} MB, {args.precision}, opset {model.opset_import[0].version}, "
-          f"BatchNorm folded; {result}\nnext: python infer_ort.py {out}")
+          f"BatchNorm folded; {result}\nnext: python infer_ort.py {shlex.quote(str(out))}")
 
 
 def main():
-    sys.stdout.reconfigure(errors="backslashreplace")  # the name of a file need not be text
+    if sys.stdout:  # not where it is closed
+        sys.stdout.reconfigure(errors="backslashreplace")  # the name of a file need not be text
     args = get_args()
     logging.disable(logging.WARNING)  # of torch.onnx and onnxruntime.quantization, about how they work inside
     try:
@@ -429,6 +446,8 @@ def main():
         fail(f"{e.name} is missing; pip install -r requirements.txt brings it")
     except KeyboardInterrupt:
         fail("interrupted, nothing written")
+    except MemoryError:
+        fail("not enough memory; lower --batch_size")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 // Pictures from an ONNX generator that export.py wrote, or anybody's, in C++17 with ONNX Runtime and libpng.
 //
-//   g++ -std=c++17 -O2 -pthread infer_ort.cpp -o infer_ort -I$ORT_ROOT/include -L$ORT_ROOT/lib -Wl,-rpath,$ORT_ROOT/lib -lonnxruntime -lpng
+//   g++ -std=c++17 -O2 -pthread infer_ort.cpp -o infer_ort -I$ORT_ROOT/include -L$ORT_ROOT/lib -Wl,-rpath,$ORT_ROOT/lib -lonnxruntime -lpng -lz
 //
 // ORT_ROOT is ONNX Runtime's unpacked release archive, or a folder of links to a Python wheel's library and to the
 // headers of libonnxruntime-dev, as README shows.
@@ -10,11 +10,14 @@
 //   ./infer_ort model.onnx --n_samples 1000 --labels 3,7 --out folder/
 //   ./infer_ort model.onnx --benchmark
 //
+// Somebody else's generators: z float32 (N, nz) or (N, nz, 1, 1), labels int64 (N), pictures float32 or uint8.
+//
 // To embed a generator, copy what stands above "command line": latents() and class Generator. Picture i of a seed is
 // that of infer_ort.py and of --sample of the training scripts.
 
 #include <onnxruntime_cxx_api.h>
 #include <png.h>
+#include <zlib.h>
 
 #include <algorithm>
 #include <array>
@@ -82,7 +85,7 @@ inline void latents(uint64_t seed, uint64_t start, int64_t n, int64_t nz, float*
 // One object may be used by several threads at once. Throws Error and Ort::Exception.
 class Generator {
  public:
-  explicit Generator(const std::string& path, int threads = 0, bool cuda = false) {
+  explicit Generator(const std::string& path, int threads = 0, bool cuda = false) : path_(path) {
     Ort::SessionOptions options;
     options.SetIntraOpNumThreads(threads);
     if (cuda) {
@@ -146,6 +149,9 @@ class Generator {
       if (!bad) n_classes = std::stoll(classes);
     }
     if (bad) throw Error(path + ": its metadata contradicts its tensors, it was tampered with");
+    if (metadata("format_version", "1") != "1")
+      throw Error(path + ": of another format, made by another export.py; take the infer_ort.cpp beside that one");
+    check_crc(metadata("crc32", ""));
   }
 
   // z: n * nz floats; labels: n numbers, ignored by a generator without classes; out: n * height * width * channels.
@@ -162,10 +168,22 @@ class Generator {
                             : Ort::Value::CreateTensor<int64_t>(memory, const_cast<int64_t*>(labels), n, label_shape.data(), 1));
     }
     const char* output = output_.c_str();
-    auto result = session_.Run(Ort::RunOptions{nullptr}, names.data(), values.data(), values.size(), &output, 1);
+    std::vector<Ort::Value> result;
+    try {
+      result = session_.Run(Ort::RunOptions{nullptr}, names.data(), values.data(), values.size(), &output, 1);
+    } catch (const Ort::Exception&) {
+      throw Error(path_ + ": cannot be run: it is damaged, " +
+                  (n_classes == std::numeric_limits<int64_t>::max() ? "knows fewer classes than --labels names, " : "") +
+                  "or the memory does not suffice (try --batch_size 16)");
+    }
     auto got = result[0].GetTensorTypeAndShapeInfo();
     const int64_t pixels = height * width;
-    if ((int64_t)got.GetElementCount() != n * pixels * channels) throw Error("the model's output has another shape than it states");
+    if ((int64_t)got.GetElementCount() != n * pixels * channels) throw Error(path_ + ": its output has another shape than it states");
+    if (!uint8_) {
+      const float* x = result[0].GetTensorData<float>();
+      if (!std::all_of(x, x + n * pixels * channels, [](float v) { return std::isfinite(v); }))
+        throw Error(path_ + ": makes pictures that are not finite; it is damaged, or its training diverged");
+    }
     auto put = [&](const auto* x, auto convert) {
       if (nhwc_) {
         std::transform(x, x + n * pixels * channels, out, convert);
@@ -198,6 +216,21 @@ class Generator {
                 "(N, C, H, W) or (N, H, W, C)");
   }
 
+  // export.py's files end in eight hexadecimal digits, the CRC-32 of all before them.
+  void check_crc(const std::string& stated) const {
+    if (stated.empty()) return;
+    std::ifstream file(path_, std::ios::binary);
+    std::vector<char> data((size_t)fs::file_size(path_));
+    file.read(data.data(), data.size());
+    const size_t n = data.size() < 8 ? 0 : data.size() - 8;
+    char found[9];
+    std::snprintf(found, sizeof found, "%08lx", crc32_z(0, (const unsigned char*)data.data(), n));
+    if (!file || stated != found || stated != std::string(data.begin() + n, data.end()))
+      throw Error(path_ + ": damaged, or changed since export.py wrote it; export it again, or, if the change is yours, "
+                  "delete its metadata entry crc32");
+  }
+
+  std::string path_;
   Ort::Env env_{ORT_LOGGING_LEVEL_FATAL, "infer_ort"};
   Ort::Session session_{nullptr};
   std::vector<std::string> inputs_;
@@ -211,7 +244,8 @@ class Generator {
 static volatile std::sig_atomic_t interrupted = 0;
 
 struct Options {
-  std::string model, labels, out, provider = "cpu";
+  std::string model, out, provider = "cpu";
+  std::optional<std::string> labels;
   int64_t n_samples = 0, batch_size = 32, start = 0, threads = 0;  // 32: as fast as 64 on a CPU, in less memory
   uint64_t seed = 0;
   bool benchmark = false;
@@ -248,13 +282,19 @@ static Options parse(int argc, char** argv) {
       o.model = flag;
       continue;
     }
-    if (i + 1 == argc) throw Error(flag + ": needs a value, or is no flag; --help lists them");
-    std::string value = argv[++i];
+    std::string value;
+    if (size_t equals = flag.find('='); equals != std::string::npos) {
+      value = flag.substr(equals + 1);
+      flag.erase(equals);
+    } else {
+      if (i + 1 == argc) throw Error(flag + ": needs a value, or is no flag; --help lists them");
+      value = argv[++i];
+    }
     if (flag == "--n_samples") o.n_samples = number(flag, value, 1, most);
-    else if (flag == "--batch_size") o.batch_size = number(flag, value, 1, 65536);
+    else if (flag == "--batch_size") o.batch_size = number(flag, value, 1, most);
     else if (flag == "--seed") o.seed = number(flag, value, 0, std::numeric_limits<int64_t>::max());
     else if (flag == "--start") o.start = number(flag, value, 0, most);
-    else if (flag == "--threads") o.threads = number(flag, value, 0, 4096);
+    else if (flag == "--threads") o.threads = number(flag, value, 0, 1024);
     else if (flag == "--labels") o.labels = value;
     else if (flag == "--out") o.out = value;
     else if (flag == "--provider" && (value == "cpu" || value == "cuda")) o.provider = value;
@@ -265,19 +305,22 @@ static Options parse(int argc, char** argv) {
   return o;
 }
 
-static std::vector<int64_t> parse_labels(const std::string& text, const Generator& gen) {
+static std::vector<int64_t> parse_labels(const std::optional<std::string>& given, const Generator& gen) {
+  const std::string text = given.value_or("all");
   const bool unknown = gen.n_classes == std::numeric_limits<int64_t>::max();
   std::vector<int64_t> chosen;
-  if (!gen.n_classes && !text.empty()) throw Error("--labels " + text + ": this generator knows no classes; leave it out");
-  if (unknown && (text.empty() || text == "all"))
+  if (!gen.n_classes && given) throw Error("--labels " + text + ": this generator knows no classes; leave it out");
+  if (unknown && text == "all")
     throw Error("--labels: this file does not say how many classes it knows; name some, such as --labels 0,1,2");
-  if (text.empty() || text == "all") {
+  if (text == "all") {
     for (int64_t k = 0; k < gen.n_classes; ++k) chosen.push_back(k);
     return chosen;
   }
   for (size_t i = 0; i <= text.size();) {
     size_t comma = std::min(text.find(',', i), text.size());
-    chosen.push_back(number("--labels", text.substr(i, comma - i), 0, gen.n_classes - 1));
+    const size_t from = std::min(text.find_first_not_of(' ', i), comma), last = text.find_last_not_of(' ', comma - 1);
+    const std::string name = from == comma ? "" : text.substr(from, last + 1 - from);
+    chosen.push_back(number("--labels", name, 0, gen.n_classes - 1));
     i = comma + 1;
   }
   return chosen;
@@ -394,6 +437,8 @@ static void run(const Options& o) {
   const int64_t n = o.n_samples ? o.n_samples : choice.empty() ? 64 : 10 * (int64_t)choice.size();
   const int64_t batch = gen.fixed_batch ? gen.fixed_batch : std::min(o.batch_size, n);
   const int64_t size = gen.height * gen.width * gen.channels;
+  if (n > std::numeric_limits<int64_t>::max() / size || batch > std::numeric_limits<int64_t>::max() / size)
+    throw std::bad_alloc();
   auto label_of = [&](int64_t i) { return choice.empty() ? 0 : choice[(o.start + i) % choice.size()]; };
 
   // Calls use(first, pictures, how many) for batches in order; a rest is filled up with latents that nobody looks at.
@@ -465,6 +510,7 @@ static void run(const Options& o) {
 
 int main(int argc, char** argv) {
   for (int signal : {SIGINT, SIGTERM}) std::signal(signal, [](int) { interrupted = 1; });
+  std::signal(SIGXFSZ, SIG_IGN);  // too large a file is an error of write(), and says so
   std::string message;
   try {
     run(parse(argc, argv));
@@ -472,6 +518,8 @@ int main(int argc, char** argv) {
   } catch (const Ort::Exception&) {
     message = "the model cannot be run: it is damaged, or the memory does not suffice (try --batch_size 16)";
   } catch (const std::bad_alloc&) {
+    message = "not enough memory; lower --batch_size or, for a grid, --n_samples";
+  } catch (const std::length_error&) {  // a vector of more than there can be
     message = "not enough memory; lower --batch_size or, for a grid, --n_samples";
   } catch (const std::exception& e) {
     message = e.what();

@@ -23,6 +23,7 @@ import signal
 import sys
 import time
 import zipfile
+import zlib
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -31,7 +32,7 @@ import numpy as np
 
 def fail(message):
     """Ends the program with one line for the user: exit code 2 if the message begins with a flag, 1 otherwise."""
-    print(f"infer_ort.py: error: {message}", file=sys.stderr)
+    print(f"infer_ort.py: error: {' '.join(message.splitlines())}", file=sys.stderr)  # a file's name may hold a newline
     sys.exit(2 if message.startswith("--") else 1)
 
 
@@ -69,14 +70,15 @@ def get_args(argv=None):
     p.add_argument("--start", type=number(int, 0, 2**53), default=0, help="number of the first picture")
     p.add_argument("--labels", help="classes in turn, by number or name: 0,3,7 or cat,dog or all (default: all)")
     p.add_argument("--out", metavar="FILE.png|FILE.npz|FILE.gif|FOLDER/", help="(default: a grid beside the model)")
-    p.add_argument("--format", choices=("png", "jpg", "webp"), default="png", help="of the files in FOLDER/")
+    p.add_argument("--format", choices=("png", "jpg", "webp"), help="of the files in FOLDER/ (default: png)")
     p.add_argument("--interpolate", type=number(int, 2), metavar="FRAMES",
                    help="GIF of a closed spherical walk between latents")
     p.add_argument("--walk_dim", type=number(int, 0), metavar="D", help="sweep coordinate D of one latent")
-    p.add_argument("--walk_step", type=float, default=0.01, help="how far --walk_dim goes from picture to picture")
+    p.add_argument("--walk_step", type=number(float, -1e6, 1e6), default=0.01,
+                   help="how far --walk_dim goes from picture to picture")
     p.add_argument("--provider", choices=("auto", "cpu", "cuda", "tensorrt"), default="auto", help="what computes")
     p.add_argument("--device_id", type=number(int, 0), help="GPU (default: by the process's local rank)")
-    p.add_argument("--threads", type=number(int, 0), default=0, help="on the CPU; 0: one for each core")
+    p.add_argument("--threads", type=number(int, 0, 1024), default=0, help="on the CPU; 0: one for each core")
     p.add_argument("--benchmark", action="store_true", help="measure batches of 1 to 256, write nothing")
     args = p.parse_args(argv)
     if any("\ud800" <= c <= "\udfff" for c in args.model):
@@ -89,15 +91,21 @@ def get_args(argv=None):
     suffix = Path(args.out).suffix if args.out and not args.out.endswith(("/", os.sep)) else ""
     if args.out and suffix not in allowed:
         p.error(f"--out {args.out}: give {'a .gif' if args.interpolate else 'a .png, an .npz or a folder/'}")
+    if args.format and (not args.out or suffix):
+        p.error(f"--format {args.format}: is that of the files in a folder; give --out FOLDER/")
+    args.format = args.format or "png"
     return args
 
 
 def process():
     """(rank, world size, local rank) as torchrun, srun or mpirun tell; (0, 1, 0) without them."""
     for names in (("RANK", "WORLD_SIZE", "LOCAL_RANK"), ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE",
-                  "OMPI_COMM_WORLD_LOCAL_RANK"), ("SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID")):
-        if names[0] in os.environ and names[1] in os.environ:
-            rank, world, local_rank = (int(os.environ.get(name, "0")) for name in names)
+                  "OMPI_COMM_WORLD_LOCAL_RANK"), ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID")):
+        if names[0] in os.environ and names[1] in os.environ:  # Slurm's: only in what srun started
+            try:
+                rank, world, local_rank = (int(os.environ.get(name, "0")) for name in names)
+            except ValueError:
+                fail(f"{', '.join(names)} in the environment: not all are numbers; unset them, or start with torchrun")
             if 0 <= rank < world:
                 return rank, world, local_rank
     return 0, 1, 0
@@ -237,11 +245,21 @@ class Generator:
                 self.dtypes.append(np.int32 if "int32" in label.type else np.int64)
                 self.n_classes = int(self.meta.get("n_classes", 2**31))  # no metadata: any number
                 self.classes = [str(c) for c in json.loads(self.meta.get("classes", "[]"))]
-            stated = [int(self.meta.get(k, v)) for k, v in (("nz", self.nz), ("nc", self.nc))]
-            if stated != [self.nz, self.nc] or (label and self.n_classes < 1):
-                raise ValueError(f"nz, nc {stated} against {[self.nz, self.nc]}")
+            height = shape[1 if nhwc else 2]
+            found = {"nz": self.nz, "nc": self.nc} | ({"img_size": height} if isinstance(height, int) else {})
+            wrong = [f"{k} {self.meta[k]} against {v}" for k, v in found.items() if int(self.meta.get(k, v)) != v]
+            if wrong or (label and self.n_classes < 1):
+                raise ValueError(", ".join(wrong) or f"n_classes {self.n_classes}")
         except (ValueError, TypeError) as e:
             fail(f"{path}: its metadata contradicts its tensors, it was tampered with ({e})")
+        if self.meta.get("format_version", "1") != "1":
+            fail(f"{path}: of format {self.meta['format_version'][:20]}, made by another export.py; take the "
+                 "infer_ort.py beside that one")
+        if "crc32" in self.meta:  # export.py's last eight bytes, of all before them
+            data = memoryview(Path(path).read_bytes())
+            if data[-8:] != self.meta["crc32"].encode() or data[-8:] != b"%08x" % zlib.crc32(data[:-8]):
+                fail(f"{path}: damaged, or changed since export.py wrote it; export it again, or, if the change is yours, "
+                     "delete its metadata entry crc32")
         # Buffers that stay on the GPU need every size to be known.
         self.bound = self.provider == "CUDAExecutionProvider" and all(isinstance(d, int) for d in shape[1:])
         self.device = "cuda", int(self.session.get_provider_options()[self.provider].get("device_id", 0))
@@ -285,9 +303,12 @@ class Generator:
             if "onnxruntime" not in type(e).__module__:
                 raise
             reason = next(iter(str(e).splitlines()), "")
+            unknown = "knows fewer classes than --labels names, " if self.n_classes == 2**31 else ""
             fail(f"{self.path}: cannot be run on {len(z)} latents ({reason.split(' : ')[-1].strip()[:160]}); it is "
-                 "damaged, or the memory does not suffice: try --batch_size 16")
+                 f"damaged, {unknown}or the memory does not suffice: try --batch_size 16")
         if x.dtype != np.uint8:
+            if not np.isfinite(x).all():
+                fail(f"{self.path}: makes pictures that are not finite; it is damaged, or its training diverged")
             x = (x.astype(np.float32) * 127.5 + 128).clip(0, 255).astype(np.uint8)
         return x.transpose(0, 2, 3, 1) if self.nchw else x
 
@@ -409,17 +430,23 @@ def generate(args):
     out = args.out or f"{Path(args.model).with_suffix('')}_{name}"
     suffix = "" if out.endswith(("/", os.sep)) else Path(out).suffix
     if world > 1:
+        if n < world or frames > 1:
+            fail("--interpolate: start one process" if frames > 1 else f"--n_samples {n}: too few for {world} processes")
         start, n = start + n * rank // world, n * (rank + 1) // world - n * rank // world
-        if n == 0 or frames > 1:
-            fail(f"--n_samples {n}: too few for {world} processes" if n == 0 else "--interpolate: start one process")
         if suffix:  # a file for each process; in a folder the numbers tell them apart
             out = str(Path(out).with_name(f"{Path(out).stem}_{start:09d}-{start + n - 1:09d}{suffix}"))
         print(f"process {rank} of {world}: pictures {start} to {start + n - 1} -> {out}", flush=True)
-    z = walk(args.seed, n, gen.nz, frames).reshape(-1, gen.nz) if frames > 1 else None
-    if args.walk_dim is not None:
-        z = latents(args.seed, args.start, 1, gen.nz).repeat(n, 0)
-        z[:, args.walk_dim] += args.walk_step * np.arange(start - args.start, start - args.start + n)
+    walks = walk(args.seed, n, gen.nz, frames).reshape(-1, gen.nz) if frames > 1 else None
     gen.fill_up_to(n * frames)
+
+    def latents_of(i, k):
+        if walks is not None:
+            return walks[i:i + k]
+        if args.walk_dim is None:
+            return latents(args.seed, start + i, k, gen.nz)
+        z = latents(args.seed, args.start, 1, gen.nz).repeat(k, 0)
+        z[:, args.walk_dim] += args.walk_step * np.arange(start - args.start + i, start - args.start + i + k)
+        return z
 
     def labels_of(i, k):
         return None if choice is None else choice[(start + np.arange(i, i + k) % n) % len(choice)]
@@ -430,7 +457,7 @@ def generate(args):
         with tqdm(total=n * frames, unit="img", unit_scale=True, delay=2, dynamic_ncols=True, disable=rank > 0) as bar:
             for i in range(0, n * frames, gen.batch_size):
                 k = min(gen.batch_size, n * frames - i)
-                yield gen(latents(args.seed, start + i, k, gen.nz) if z is None else z[i:i + k], labels_of(i, k))
+                yield gen(latents_of(i, k), labels_of(i, k))
                 bar.update(k)
 
     try:
@@ -476,7 +503,8 @@ def benchmark(gen, choice, args):
 
 
 def main():
-    sys.stdout.reconfigure(errors="backslashreplace")  # the name of a file need not be text
+    if sys.stdout:  # not where it is closed
+        sys.stdout.reconfigure(errors="backslashreplace")  # the name of a file need not be text
     args = get_args()
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
@@ -485,6 +513,10 @@ def main():
         fail("interrupted; no file is half written")
     except MemoryError:
         fail("not enough memory; lower --batch_size or, for a grid, --n_samples")
+    except ModuleNotFoundError as e:
+        if e.name not in ("onnxruntime", "PIL", "tqdm"):
+            raise
+        fail(f"{e.name} is missing; pip install -r requirements.txt brings it")
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ import importlib
 import json
 import os
 import pickle
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -113,6 +114,21 @@ def test_metadata_explains_the_file(script):
     assert {k: meta[k] for k in expected} == expected
     assert json.loads(meta["classes"]) == ([str(k) for k in range(10)] if conditional else [])
     assert torch.__version__ in meta["versions"]
+
+
+@pytest.mark.parametrize(("dataset", "name"), [("C:\\Users\\bob\\faces", "faces"), ("/home/bob/faces", "faces"), (5, "5")])
+def test_a_data_set_is_named_without_its_folder(dataset, name):
+    ckpt = train(dcgan, "--max_steps", 1)
+    ckpt["args"]["dataset"] = dataset
+    torch.save(ckpt, "run/checkpoint.pt")
+    assert {p.key: p.value for p in exported().metadata_props}["dataset"] == name
+
+
+def test_the_file_ends_in_its_checksum():
+    train(dcgan, "--max_steps", 1)
+    stated = {p.key: p.value for p in exported().metadata_props}["crc32"]
+    data = Path("model.onnx").read_bytes()
+    assert stated == data[-8:].decode() == f"{zlib.crc32(data[:-8]):08x}"
 
 
 @pytest.mark.parametrize("precision", export.TOLERANCE)
@@ -239,7 +255,8 @@ class Payload:
         return os.mkdir, ("executed",)
 
 
-def test_errors(capfd, tmp_path):
+@pytest.mark.filterwarnings("ignore:.torch.jit.script")
+def test_errors(capfd, monkeypatch):
     def error(*argv, **kwargs):
         return error_of(capfd, lambda: exported(*argv, **kwargs))
 
@@ -259,7 +276,18 @@ def test_errors(capfd, tmp_path):
     train(dcgan, "--max_steps", 1)
     assert "--out model.pt" in error(out="model.pt")
     assert "--opset 3" in error("--opset", 3)
+    assert "--opset 0" in error("--opset", 0)
     assert "--batch_size 0" in error("--batch_size", 0)
+    assert "--batch_size 100000000000" in error("--batch_size", 10**11)
+    assert "--seed" in error("--seed", 2**63)
+    torch.jit.script(torch.nn.Linear(2, 2)).save("program.pt")
+    assert "program.pt: is a TorchScript program; save its state dict" in error("program.pt")
+    small = dcgan.Generator(nz=8, ngf=4, nc=1, img_size=16).state_dict()
+    torch.save({k: v for k, v in small.items() if int(k.split(".")[1]) not in (3, 4)}, "small.pth")
+    assert "small.pth: " in error("small.pth")
+    with monkeypatch.context() as patch:  # quantization writes files of its own
+        patch.setattr(export, "quantize", lambda *args: open("/dev/full/x"))  # noqa: SIM115
+        assert "TMPDIR" in error("--precision", "int8")
     assert "--no-phases: " in error("--no-phases", "--precision", "int8")
     Path("file").touch()
     assert "--out file/model.onnx: cannot be written" in error(out="file/model.onnx")

@@ -4,6 +4,7 @@ import inspect
 import json
 import os
 import signal
+import struct
 import subprocess
 import sys
 import time
@@ -15,7 +16,7 @@ import onnx
 import onnxruntime
 import pytest
 from conftest import ROOT, error_of, train
-from onnx import TensorProto, helper
+from onnx import TensorProto, helper, numpy_helper
 from PIL import Image
 from test_export import exported
 from test_sampling import pictures
@@ -79,7 +80,7 @@ def test_neither_batch_nor_start_changes_a_picture(model):
     "names",
     [
         ("RANK", "WORLD_SIZE", "LOCAL_RANK"),
-        ("SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID"),
+        ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID"),
         ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK"),
     ],
 )
@@ -342,6 +343,7 @@ def tampered(**metadata):
     file = onnx.load("model.onnx")
     for p in file.metadata_props:
         p.value = metadata.get(p.key, p.value)
+    del file.metadata_props[[p.key for p in file.metadata_props].index("crc32")]
     onnx.save(file, "tampered.onnx")
 
 
@@ -405,6 +407,9 @@ def test_walk_errors(capfd):
         (["--walk_dim", "1", "--interpolate", "5"], "--interpolate and --walk_dim"),
         (["--interpolate", "5", "--out", "x.png"], "--out x.png: give a .gif"),
         (["--interpolate", "5", "--start", "1"], "--start"),
+        (["--walk_dim", "1", "--walk_step", "nan"], "--walk_step"),
+        (["--format", "jpg", "--out", "x.png"], "--format jpg"),
+        (["--threads", "100000"], "--threads"),
     ):
         assert expected in error_of(capfd, lambda argv=argv: infer(*argv, out=None))
 
@@ -421,6 +426,84 @@ def test_tampered_metadata(capfd, cpp, key, value):
     assert "tampered.onnx: its metadata contradicts" in error_of(capfd, lambda: infer(model="tampered.onnx"))
     if cpp and key != "classes":  # the names are for Python alone
         assert "tampered.onnx: its metadata contradicts" in run_cpp(cpp, "tampered.onnx", check=False).stderr
+
+
+@pytest.mark.parametrize("kind", ["flipped", "appended", "format", "nan"])
+def test_damaged_files(capfd, cpp, kind):
+    train(dcgan, "--max_steps", 1)
+    exported()
+    data = bytearray(Path("model.onnx").read_bytes())
+    expected = "tampered.onnx: damaged, or changed since export.py wrote it"
+    if kind == "flipped":
+        data[data.index(struct.pack("<f", numpy_helper.to_array(onnx.load("model.onnx").graph.initializer[0]).flat[0]))] ^= 1
+        Path("tampered.onnx").write_bytes(data)
+    elif kind == "appended":
+        Path("tampered.onnx").write_bytes(data + onnx.ModelProto(domain="elsewhere").SerializeToString())
+    elif kind == "format":
+        tampered(format_version="99")
+        expected = "tampered.onnx: of "
+    else:
+        tampered()
+        file = onnx.load("tampered.onnx")
+        weight = next(t for t in file.graph.initializer if t.data_type == TensorProto.FLOAT)
+        weight.CopyFrom(numpy_helper.from_array(np.full_like(numpy_helper.to_array(weight), np.nan), weight.name))
+        onnx.save(file, "tampered.onnx")
+        expected = "tampered.onnx: makes pictures that are not finite"
+    before = sorted(os.listdir("."))
+    assert expected in error_of(capfd, lambda: infer(model="tampered.onnx"))
+    if cpp:
+        done = run_cpp(cpp, "tampered.onnx", "--out", "x.npy", check=False)
+        assert expected in done.stderr
+        assert (done.returncode, done.stderr.count("\n")) == (1, 1)
+    assert sorted(os.listdir(".")) == before
+
+
+def test_a_changed_file_is_taken_without_its_checksum():
+    train(dcgan, "--max_steps", 1)
+    exported()
+    tampered(dataset="another")
+    np.testing.assert_array_equal(infer(model="tampered.onnx")["arr_0"], infer()["arr_0"])
+
+
+def test_what_cpp_alone_could_get_wrong(need_cpp):
+    train(dcgan, "--max_steps", 1)
+    exported()
+    for n in (2**53, 2**52, 10**11):
+        done = run_cpp(need_cpp, "model.onnx", "--n_samples", n, "--out", "x.png", check=False)
+        assert (done.returncode, done.stderr.count("\n")) == (1, 1)
+        assert "not enough memory" in done.stderr
+    run_cpp(need_cpp, "model.onnx", "--n_samples=5", "--batch_size=100000", "--out=five.npy")
+    np.testing.assert_array_equal(np.load("five.npy"), infer("--n_samples", 5)["arr_0"])
+    done = subprocess.run(["bash", "-c", "ulimit -f 1; exec \"$@\"", "-", need_cpp, "model.onnx", "--n_samples", "999", "--out",
+                           "big.npy"], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1)
+    assert "--out big.npy: cannot be written" in done.stderr
+    assert not [name for name in os.listdir(".") if "big" in name]
+
+
+def test_a_closed_output(model):
+    for script in ("infer_ort", "export"):
+        argv = ["model.onnx", "--out", "y.png"] if script == "infer_ort" else ["run", "--out", "y.onnx"]
+        subprocess.run(["bash", "-c", "exec \"$@\" >&-", "-", sys.executable, ROOT / f"{script}.py", *argv], check=True)
+    assert os.path.exists("y.png")
+    assert os.path.exists("y.onnx")
+
+
+def test_launchers_that_say_nonsense(capfd, monkeypatch):
+    train(dcgan, "--max_steps", 1)
+    exported()
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    assert "--n_samples 2: too few for 4 processes" in error_of(capfd, lambda: infer("--n_samples", 2))
+    monkeypatch.setenv("RANK", "")
+    assert "RANK, WORLD_SIZE, LOCAL_RANK in the environment" in error_of(capfd, infer)
+
+
+def test_a_batch_script_of_slurm_is_one_process(monkeypatch):
+    """sbatch runs it once, with the number of tasks that srun would start in the environment."""
+    monkeypatch.setenv("SLURM_PROCID", "0")
+    monkeypatch.setenv("SLURM_NTASKS", "4")
+    assert infer_ort.process() == (0, 1, 0)
 
 
 def test_labels_out_of_range(capfd, cpp):
