@@ -1,24 +1,29 @@
 """Training speed as a user feels it: our scripts, a plain baseline of the same nets, and any peer, in turn.
 
     python benchmarks/training.py --data_dir data                       # MNIST: dcgan 64x64, acgan 32x32, gan 28x28
-    python benchmarks/training.py --runs dcgan --dataset images.zip --img_size 32 --steps 200
+    python benchmarks/training.py --runs dcgan --dataset images.zip --img_size 32 --nc 3 --steps 200
+    python benchmarks/training.py --runs gan acgan --pytorch_gan        # beside PyTorch-GAN's nets in its loop, too
     python benchmarks/training.py --runs dcgan --peer "main.py --dataset mnist --niter 1" --peer_images 60000
     python benchmarks/training.py --runs dcgan --nc 3 --ngf 128 --batch_size 128 --steps 500 --warmup 100 --in_memory \\
         --variants "--precision auto" "--precision auto --compile" "--precision fp32"       # what to run on a GPU
     python benchmarks/training.py --startup --data_dir data             # --help; MNIST from launch to the first step
     python benchmarks/training.py --made_up 200000                      # memory beside a data set of so many images
     python benchmarks/training.py --runs dcgan --img_size 32 --train_baseline plain.npz --seconds 240
-                # pictures of the plain loop, to be scored by quality.py beside ours after the same time
+    python benchmarks/training.py --runs dcgan --img_size 32 --train_baseline plain.npz --steps 1000 --seed 1
+                # pictures of the plain loop, to be scored by quality.py beside ours after the same time, or steps
 
 Each run is a process of its own. images/s: from the first step after the warm-up to the last; "from launch" counts
 everything, until the process has ended. The baseline trains our nets in the way that most scripts do: a DataLoader that
-transforms every image every epoch, float32, contiguous tensors, the default Adam, losses read off every step.
+transforms every image every epoch, float32, contiguous tensors, the default Adam, losses read off every step. A --peer
+counts from its launch to its end, for nothing is known of its warm-up: let it run for long.
 """
 
 import argparse
 import importlib
 import io
+import itertools
 import json
+import math
 import os
 import platform
 import re
@@ -35,6 +40,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from torch import nn
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -59,14 +65,78 @@ def get_args():
                    help="flags of our scripts, each a row")
     p.add_argument("--in_memory", action="store_true", help="a row for the plain loop with the data on the device already")
     p.add_argument("--no-baseline", dest="baseline", action="store_false", help="ours alone")
+    p.add_argument("--pytorch_gan", action="store_true", help="a row for the plain loop with PyTorch-GAN's nets and loader")
     p.add_argument("--peer", help="another script and its arguments")
-    p.add_argument("--peer_images", type=int, help="how many images --peer trains on")
+    p.add_argument("--peer_images", type=int, help="how many images --peer trains on, all its epochs together")
     p.add_argument("--startup", action="store_true", help="measure seconds until --help and until the first step, alone")
     p.add_argument("--made_up", type=int, metavar="N", help="measure memory while training on N made-up images, alone")
     p.add_argument("--train_baseline", metavar="FILE.npz", help="train the baseline of --runs alone, and write 10,000 pictures")
-    p.add_argument("--seconds", type=float, default=240, help="how long --train_baseline trains")
+    p.add_argument("--seconds", type=float, default=240, help="how long --train_baseline trains, without --steps")
+    p.add_argument("--seed", type=int, default=0, help="of --train_baseline")
     p.add_argument("--as_baseline", choices=SIZES, help=argparse.SUPPRESS)  # what the baseline's process is started with
-    return p.parse_args()
+    args = p.parse_args()
+    if args.peer and not args.peer_images:
+        p.error("--peer: say with --peer_images how many images it trains on")
+    if args.dataset != "mnist" and not Path(args.dataset).exists():
+        p.error(f"--dataset {args.dataset}: neither mnist, nor a folder or .zip of images in class folders")
+    return args
+
+
+class PeerG(nn.Module):
+    """PyTorch-GAN's netG: dense layers for gan; upsampling and 3x3 convolutions for dcgan and acgan. (N, nz) -> images."""
+
+    def __init__(self, name, nc, size):
+        super().__init__()
+        self.label_emb = nn.Embedding(10, 100) if name == "acgan" else None
+        if name == "gan":
+            widths, layers = (100, 128, 256, 512, 1024), []
+            for a, b in itertools.pairwise(widths):
+                layers += [nn.Linear(a, b), *([nn.BatchNorm1d(b)] if a > 100 else []), nn.LeakyReLU(0.2, True)]
+            layers += [nn.Linear(1024, nc * size**2), nn.Unflatten(1, (nc, size, size))]
+        else:
+            layers = [nn.Linear(100, 128 * (size // 4) ** 2), nn.Unflatten(1, (128, size // 4, size // 4)), nn.BatchNorm2d(128)]
+            for a, b in ((128, 128), (128, 64)):
+                layers += [nn.Upsample(scale_factor=2), nn.Conv2d(a, b, 3, 1, 1), nn.BatchNorm2d(b), nn.LeakyReLU(0.2, True)]
+            layers.append(nn.Conv2d(64, nc, 3, 1, 1))
+        self.main = nn.Sequential(*layers, nn.Tanh())
+
+    def forward(self, z, labels=None):
+        return self.main(z if labels is None else self.label_emb(labels) * z)
+
+
+class PeerD(nn.Module):
+    """PyTorch-GAN's netD: images -> (N) logits, and for acgan (N, 10) of the classes."""
+
+    def __init__(self, name, nc, size):
+        super().__init__()
+        if name == "gan":
+            self.main = nn.Sequential(nn.Flatten(), nn.Linear(nc * size**2, 512), nn.LeakyReLU(0.2, True),
+                                      nn.Linear(512, 256), nn.LeakyReLU(0.2, True))
+        else:
+            widths, layers = (nc, 16, 32, 64, 128), []
+            for a, b in itertools.pairwise(widths):
+                layers += [nn.Conv2d(a, b, 3, 2, 1), nn.LeakyReLU(0.2, True), nn.Dropout2d(0.25),
+                           *([nn.BatchNorm2d(b)] if b > 16 else [])]
+            self.main = nn.Sequential(*layers, nn.Flatten())
+        n = 256 if name == "gan" else 128 * math.ceil(size / 16) ** 2
+        self.adv, self.aux = nn.Linear(n, 1), nn.Linear(n, 10) if name == "acgan" else None
+
+    def forward(self, x):
+        x = self.main(x)
+        return self.adv(x).flatten() if self.aux is None else (self.adv(x).flatten(), self.aux(x))
+
+
+def class_folders(path, folder):
+    """The folder in which a folder or .zip has one folder for each class; a .zip is extracted to `folder`."""
+    path = Path(path)
+    if path.is_file():
+        with zipfile.ZipFile(path) as z:
+            z.extractall(folder)  # which keeps what it writes below `folder`
+        path = folder
+    below = list(path.iterdir())
+    while len(below) == 1 and below[0].is_dir():
+        path, below = below[0], list(below[0].iterdir())
+    return path
 
 
 def baseline(args):
@@ -84,14 +154,18 @@ def baseline(args):
         data = datasets.MNIST(args.data_dir, transform=transform, download=True)
     else:
         data = datasets.ImageFolder(args.dataset, transform)
-    loader = DataLoader(data, args.batch_size, shuffle=True, num_workers=2, drop_last=True)
+    torch.manual_seed(args.seed)
+    loader = DataLoader(data, args.batch_size, shuffle=True, num_workers=0 if args.pytorch_gan else 2, drop_last=True)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if args.in_memory:
         n = min(len(data) // args.batch_size, 100)
         loader = [(x.to(device), y.to(device)) for (x, y), _ in zip(loader, range(n))]
     conditional = {"n_classes": 10} if name == "acgan" else {}
-    netG = script.Generator(nz=100, ngf=args.ngf, nc=args.nc, img_size=size, **conditional).to(device)
-    netD = script.Discriminator(nc=args.nc, ndf=args.ngf, img_size=size, **conditional).to(device)
+    if args.pytorch_gan:
+        netG, netD = PeerG(name, args.nc, size).to(device), PeerD(name, args.nc, size).to(device)
+    else:
+        netG = script.Generator(nz=100, ngf=args.ngf, nc=args.nc, img_size=size, **conditional).to(device)
+        netD = script.Discriminator(nc=args.nc, ndf=args.ngf, img_size=size, **conditional).to(device)
     script.weights_init(netG)
     script.weights_init(netD)
     optG = torch.optim.Adam(netG.parameters(), 2e-4, (0.5, 0.999))
@@ -123,7 +197,7 @@ def baseline(args):
             row = {"step": step, "time": time.time(), "loss_d": loss_real.item() + loss_fake.item(),
                    "loss_g": loss_g.item()}
             print(json.dumps(row), flush=True)
-            if args.train_baseline and time.time() - begin > args.seconds:
+            if args.train_baseline and (step == args.steps if args.steps else time.time() - begin > args.seconds):
                 labels = torch.arange(10000, device=device) % 10
                 keep(args.train_baseline, netG, labels if conditional else None, device)
                 return
@@ -178,13 +252,13 @@ def images_per_second(log, args):
     return (last["step"] - first["step"]) * args.batch_size / (last["time"] - first["time"])
 
 
-def flop_per_image(script, args, size):
+def flop_per_image(script, nc, size, ngf, ndf):
     """Floating-point operations of one training step for one image, counted by PyTorch."""
     from torch.utils.flop_counter import FlopCounterMode
 
     n, conditional = 4, {"n_classes": 10} if script.SCRIPT == "acgan" else {}
-    netG = script.Generator(nz=100, ngf=args.ngf, nc=args.nc, img_size=size, **conditional)
-    netD = script.Discriminator(nc=args.nc, ndf=args.ngf, img_size=size, **conditional)
+    netG = script.Generator(nz=100, ngf=ngf, nc=nc, img_size=size, **conditional)
+    netD = script.Discriminator(nc=nc, ndf=ndf, img_size=size, **conditional)
     labels = [torch.zeros(n, dtype=torch.long)] if conditional else []
 
     def total(out):
@@ -192,7 +266,7 @@ def flop_per_image(script, args, size):
 
     with FlopCounterMode(display=False) as counter:
         fake = netG(torch.randn(n, 100), *labels)
-        (total(netD(torch.randn(n, args.nc, size, size))) + total(netD(fake.detach()))).backward()
+        (total(netD(torch.randn(n, nc, size, size))) + total(netD(fake.detach()))).backward()
         netD.requires_grad_(False)
         total(netD(fake)).backward()
     return counter.get_total_flops() / n
@@ -227,9 +301,13 @@ def measure(name, args, folder):
     args.steps = args.steps or STEPS[name]
     common = ["--dataset", args.dataset, "--data_dir", args.data_dir, "--img_size", size, "--nc", args.nc,
               "--batch_size", args.batch_size, "--ngf", args.ngf]
+    plain = common
+    if args.dataset != "mnist":
+        plain = [*common, "--dataset", class_folders(args.dataset, folder / "extracted")]
     rows = {f"{name}.py {variant}": [] for variant in args.variants}
     rows |= {"plain baseline": []} if args.baseline else {}
     rows |= {"plain baseline, data in memory": []} if args.in_memory else {}
+    rows |= {"PyTorch-GAN's nets and loop": []} if args.pytorch_gan else {}
     rows |= {f"peer: {args.peer}": []} if args.peer else {}
     peaks = {row: [] for row in rows}
     for r in range(args.rounds):
@@ -245,16 +323,17 @@ def measure(name, args, folder):
                                      args.warmup + args.steps, "--epochs", 10**6, "--log_interval", 10, "--sample_interval",
                                      10**9, *variant, "--out_dir", out], log)
                 speed = images_per_second(out / "log.jsonl", args)
-            elif row.startswith("plain baseline"):
-                seconds, peak = run([sys.executable, __file__, *common, "--as_baseline", name, "--steps", args.steps,
-                                     "--warmup", args.warmup, *["--in_memory"] * row.endswith("memory")], log)
+            elif row.startswith(("plain baseline", "PyTorch-GAN")):
+                seconds, peak = run([sys.executable, __file__, *plain, "--as_baseline", name, "--steps", args.steps,
+                                     "--warmup", args.warmup, *["--in_memory"] * row.endswith("memory"),
+                                     *["--pytorch_gan"] * row.startswith("PyTorch-GAN")], log)
                 speed = images_per_second(log, args)
             else:
                 seconds, peak = run([sys.executable, *shlex.split(args.peer)], log)
                 speed = args.peer_images / seconds
             rows[row].append((speed, seconds, peak))
             print(f"round {r + 1}: {row}: {speed:.0f} images/s, {seconds:.1f} s, {peak:.0f} MB", file=sys.stderr)
-    flop = flop_per_image(script, args, size)
+    flop = flop_per_image(script, args.nc, size, args.ngf, args.ngf)
     print(f"\n### {name}, {size}x{size}, {args.nc} channel(s), ngf = ndf = {args.ngf}, batch {args.batch_size}, "
           f"{args.steps} steps, {flop / 1e9:.3g} GFLOP an image\n")
     print("| | images/s | times the baseline | from launch, s | memory, MB | of the convolution peak |\n"
@@ -266,8 +345,14 @@ def measure(name, args, folder):
             ratio = show(np.divide(speed, [v[0] for v in rows["plain baseline"]]), 2)
         if row.startswith(name):
             tops = peaks[row]
+            flags = script.get_args(["--ngf", str(args.ngf), "--ndf", str(args.ngf), *shlex.split(row)[1:]])
+            flop = flop_per_image(script, args.nc, size, flags.ngf, flags.ndf)
             share = f"{np.median(np.multiply(speed, flop) / tops):.0%} of {np.median(tops) / 1e9:.0f} GFLOP/s"
         print(f"| {row} | {show(speed)} | {ratio} | {show(seconds, 1)} | {np.median(peak):.0f} | {share} |", flush=True)
+    for row in (row for row in rows if row.startswith(name)):
+        for peer in (peer for peer in rows if peer.startswith(("PyTorch-GAN", "peer"))):
+            times = np.divide([v[0] for v in rows[row]], [v[0] for v in rows[peer]])
+            print(f"\n{row} / {peer}: {show(times, 2)}", flush=True)
     args.steps = None
 
 
@@ -323,7 +408,10 @@ def main():
     args = get_args()
     if args.as_baseline or args.train_baseline:
         args.as_baseline = args.as_baseline or args.runs[0]
-        baseline(args)
+        with tempfile.TemporaryDirectory() as folder:
+            if args.dataset != "mnist":
+                args.dataset = class_folders(args.dataset, folder)
+            baseline(args)
         return
     cpu = Path("/proc/cpuinfo")
     model = re.search(r"model name\s*: (.*)", cpu.read_text()).group(1) if cpu.exists() else platform.processor()

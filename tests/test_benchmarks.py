@@ -1,6 +1,7 @@
 """The benchmarks run from one command and print a row for each thing they compare; their figures are not judged here."""
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -33,8 +34,10 @@ def first_number(cell):
 
 def test_training(folder):
     argv = ["--dataset", folder, "--img_size", 16, "--nc", 3, "--ngf", 4, "--batch_size", 8]
-    table = rows("training.py", "--runs", "gan", *argv, "--steps", 20, "--warmup", 10, "--rounds", 1, "--in_memory")
-    names = ["gan.py --precision auto", "gan.py --precision fp32", "plain baseline", "plain baseline, data in memory"]
+    table = rows("training.py", "--runs", "gan", *argv, "--steps", 20, "--warmup", 10, "--rounds", 1, "--in_memory",
+                 "--pytorch_gan")
+    names = ["gan.py --precision auto", "gan.py --precision fp32", "plain baseline", "plain baseline, data in memory",
+             "PyTorch-GAN's nets and loop"]
     assert [row[0] for row in table[2:]] == names
     for row in table[2:]:
         assert first_number(row[1]) > 0
@@ -43,9 +46,30 @@ def test_training(folder):
     assert all(first_number(row[2]) > 0 for row in table[2:4])
 
 
-@pytest.mark.parametrize("name", ["gan", "acgan"])
-def test_pictures_of_the_baseline(folder, name):
-    argv = ["--dataset", folder, "--img_size", 16, "--nc", 3, "--ngf", 4, "--batch_size", 8, "--seconds", 1]
+def test_training_on_a_zip(folder):
+    shutil.make_archive("images", "zip", folder.parent, folder.name)  # class folders below another
+    argv = ["--dataset", "images.zip", "--img_size", 16, "--nc", 3, "--ngf", 4, "--batch_size", 8, "--steps", 10]
+    table = rows("training.py", "--runs", "acgan", *argv, "--warmup", 10, "--rounds", 1, "--pytorch_gan", "--variants",
+                 "--precision auto --ndf 2")
+    assert [row[0] for row in table[2:]] == ["acgan.py --precision auto --ndf 2", "plain baseline",
+                                            "PyTorch-GAN's nets and loop"]
+    assert all(first_number(row[1]) > 0 for row in table[2:])
+
+
+@pytest.mark.parametrize(("argv", "said"), [
+    (["--dataset", "nowhere"], "--dataset nowhere: neither mnist"),
+    (["--peer", "main.py"], "--peer: say with --peer_images"),
+])
+def test_training_refuses(argv, said):
+    done = command("benchmarks/training", *argv)
+    assert done.returncode == 2
+    assert said in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(("name", "stop"), [("gan", ["--seconds", 1]), ("acgan", ["--steps", 3, "--seed", 1])])
+def test_pictures_of_the_baseline(folder, name, stop):
+    argv = ["--dataset", folder, "--img_size", 16, "--nc", 3, "--ngf", 4, "--batch_size", 8, *stop]
     rows("training.py", "--runs", name, "--train_baseline", "plain.npz", *argv)
     z = np.load("plain.npz")
     assert z["arr_0"].shape == (10000, 16, 16, 3)
