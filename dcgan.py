@@ -231,9 +231,9 @@ def get_args(argv=None):
 
 
 def check_img_size(img_size, asked_by="--img_size"):
-    """Exits unless the nets can make this size. asked_by: the flag or file that a message is to name."""
+    """Exits unless the nets can make this size. asked_by: the flag or file that a message names."""
     if img_size not in (16, 32, 64, 128, 256):
-        fail(f"{asked_by}: DCGAN's nets make images of 16, 32, 64, 128 or 256, not of {img_size}")
+        fail(f"{asked_by} {img_size}: DCGAN's nets make 16, 32, 64, 128 or 256")
 
 
 class Generator(nn.Module):
@@ -880,7 +880,7 @@ def load_generator(path, weights="ema"):
         except (IndexError, KeyError, ValueError):
             fail(f"{path}: no generator of {SCRIPT}.py in it; looked at the top and under {', '.join(keys)}")
     try:
-        check_img_size(config["img_size"], path)
+        check_img_size(config["img_size"], f"{path}: its size")
         with torch.device("meta"):  # no memory yet: a file can claim any size
             netG = Generator(**config)
         netG.load_state_dict(state, assign=True)

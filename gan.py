@@ -231,9 +231,9 @@ def get_args(argv=None):
 
 
 def check_img_size(img_size, asked_by="--img_size"):
-    """Exits unless the nets can make this size. asked_by: the flag or file that a message is to name."""
+    """Exits unless the nets can make this size. asked_by: the flag or file that a message names."""
     if img_size < 1:
-        fail(f"{asked_by}: {img_size} must be 1 or more")
+        fail(f"{asked_by} {img_size}: must be 1 or more")
 
 
 class Generator(nn.Module):
@@ -863,7 +863,7 @@ def load_generator(path, weights="ema"):
         except (IndexError, KeyError, ValueError):
             fail(f"{path}: no generator of {SCRIPT}.py in it; looked at the top and under {', '.join(keys)}")
     try:
-        check_img_size(config["img_size"], path)
+        check_img_size(config["img_size"], f"{path}: its size")
         with torch.device("meta"):  # no memory yet: a file can claim any size
             netG = Generator(**config)
         netG.load_state_dict(state, assign=True)

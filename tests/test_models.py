@@ -42,7 +42,7 @@ def test_gan_makes_any_size(size):
 @pytest.mark.parametrize("size", [8, 28, 48, 512])
 def test_other_sizes_are_refused(size, capfd):
     for module in (dcgan, acgan):
-        assert f"not of {size}" in error_of(capfd, module.check_img_size, size)
+        assert f"--img_size {size}" in error_of(capfd, module.check_img_size, size)
 
 
 def test_dcgan_is_the_net_of_pytorch_examples_at_64():
