@@ -73,7 +73,7 @@ def one_line(e):
 
 def fail(message):
     """Ends the program with one line for the user: exit code 2 if the message begins with a flag, 1 otherwise."""
-    print(f"{SCRIPT}.py: error: {message}", file=sys.stderr)
+    print(f"{SCRIPT}.py: error: {' '.join(message.splitlines())}", file=sys.stderr)  # a file's name may hold a newline
     sys.exit(2 if message.startswith("--") else 1)
 
 
@@ -198,7 +198,7 @@ def get_args(argv=None):
     g.add_argument("--interpolate", type=number(int, 2), nargs="?", const=60, metavar="FRAMES",
                    help="GIF of a closed spherical walk between latents (60 frames)")
     g.add_argument("--walk_dim", type=number(int, 0), metavar="D", help="sweep coordinate D of one latent")
-    g.add_argument("--walk_step", type=float, default=0.01, help="how far --walk_dim goes from picture to picture")
+    g.add_argument("--walk_step", type=number(float, -1e6, 1e6), help="from picture to picture of --walk_dim (default: 0.01)")
 
     args = p.parse_args(argv)
     for flag in ("sample", "resume"):  # a run's folder stands for its last checkpoint
@@ -211,6 +211,8 @@ def get_args(argv=None):
     for flag in ("n_samples", "out", "interpolate", "walk_dim", "labels"):
         if getattr(args, flag) is not None and not args.sample:
             p.error(f"--{flag} goes with --sample CHECKPOINT")
+    if args.walk_step is not None and args.walk_dim is None:
+        p.error("--walk_step goes with --walk_dim D")
     if args.resume:
         path = newest_checkpoint(args.out_dir) if args.resume == "newest" else args.resume
         saved = load_checkpoint(path, SCRIPT)["args"]
@@ -831,7 +833,7 @@ def sample(args):
         z = walk(args.seed, n, netG.nz, args.interpolate).reshape(-1, netG.nz)
     elif args.walk_dim is not None:
         z = z[:1].repeat(n, 0)
-        z[:, args.walk_dim] += args.walk_step * np.arange(n)
+        z[:, args.walk_dim] += (0.01 if args.walk_step is None else args.walk_step) * np.arange(n)
     images = generate(netG, [z, np.resize(labels, len(z))], args.batch_size)
     try:
         if args.interpolate:

@@ -511,16 +511,16 @@ static void run(const Options& o) {
 int main(int argc, char** argv) {
   for (int signal : {SIGINT, SIGTERM}) std::signal(signal, [](int) { interrupted = 1; });
   std::signal(SIGXFSZ, SIG_IGN);  // too large a file is an error of write(), and says so
-  std::string message;
+  std::string message, no_memory = "not enough memory; lower --batch_size or, for a grid, --n_samples";
   try {
     run(parse(argc, argv));
     return 0;
   } catch (const Ort::Exception&) {
     message = "the model cannot be run: it is damaged, or the memory does not suffice (try --batch_size 16)";
   } catch (const std::bad_alloc&) {
-    message = "not enough memory; lower --batch_size or, for a grid, --n_samples";
+    message = no_memory;
   } catch (const std::length_error&) {  // a vector of more than there can be
-    message = "not enough memory; lower --batch_size or, for a grid, --n_samples";
+    message = no_memory;
   } catch (const std::exception& e) {
     message = e.what();
   }

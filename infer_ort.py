@@ -74,8 +74,7 @@ def get_args(argv=None):
     p.add_argument("--interpolate", type=number(int, 2), metavar="FRAMES",
                    help="GIF of a closed spherical walk between latents")
     p.add_argument("--walk_dim", type=number(int, 0), metavar="D", help="sweep coordinate D of one latent")
-    p.add_argument("--walk_step", type=number(float, -1e6, 1e6), default=0.01,
-                   help="how far --walk_dim goes from picture to picture")
+    p.add_argument("--walk_step", type=number(float, -1e6, 1e6), help="from picture to picture of --walk_dim (default: 0.01)")
     p.add_argument("--provider", choices=("auto", "cpu", "cuda", "tensorrt"), default="auto", help="what computes")
     p.add_argument("--device_id", type=number(int, 0), help="GPU (default: by the process's local rank)")
     p.add_argument("--threads", type=number(int, 0, 1024), default=0, help="on the CPU; 0: one for each core")
@@ -83,6 +82,9 @@ def get_args(argv=None):
     args = p.parse_args(argv)
     if any("\ud800" <= c <= "\udfff" for c in args.model):
         p.error(f"{args.model}: ONNX Runtime opens no file whose name is not UTF-8; rename it")
+    if args.walk_step is not None and args.walk_dim is None:
+        p.error("--walk_step goes with --walk_dim D")
+    args.walk_step = 0.01 if args.walk_step is None else args.walk_step
     if args.interpolate and args.walk_dim is not None:
         p.error("--interpolate and --walk_dim are two walks; choose one")
     if args.interpolate and args.start:

@@ -408,6 +408,7 @@ def test_walk_errors(capfd):
         (["--interpolate", "5", "--out", "x.png"], "--out x.png: give a .gif"),
         (["--interpolate", "5", "--start", "1"], "--start"),
         (["--walk_dim", "1", "--walk_step", "nan"], "--walk_step"),
+        (["--walk_step", "1"], "--walk_step goes with --walk_dim"),
         (["--format", "jpg", "--out", "x.png"], "--format jpg"),
         (["--threads", "100000"], "--threads"),
     ):
