@@ -986,8 +986,14 @@ def lock(out_dir):
 def train(args):
     """Trains until --epochs, --max_steps or a signal; everything is in args.out_dir afterwards."""
     # torchrun sets these; one process otherwise.
-    rank, local_rank, world = (int(os.environ.get(k, d)) for k, d in
-                               (("RANK", "0"), ("LOCAL_RANK", "0"), ("WORLD_SIZE", "1")))
+    try:
+        rank, local_rank, world = (int(os.environ.get(k, d)) for k, d in
+                                   (("RANK", "0"), ("LOCAL_RANK", "0"), ("WORLD_SIZE", "1")))
+    except ValueError:
+        rank, local_rank, world = 0, 0, 0
+    if not 0 <= rank < world or (world > 1 and not {"MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys()):
+        fail("RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT in the environment do not fit together; "
+             "unset them, or start with torchrun")
     device = pick_device(args.device, local_rank)
     if world > 1:
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=datetime.timedelta(hours=6))

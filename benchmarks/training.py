@@ -140,18 +140,25 @@ def class_folders(path, folder):
     return path
 
 
+def plain_transform(nc, size, grey):
+    """PIL image -> (nc, size, size) in [-1, 1]: of square ones the very picture that our scripts train on."""
+    from torchvision import transforms
+
+    channels = [transforms.Grayscale(nc)] if nc == 1 or grey else []  # ImageFolder's are RGB
+    resize = transforms.Resize(size, transforms.InterpolationMode.BICUBIC)
+    return transforms.Compose([*channels, resize, transforms.CenterCrop(size), transforms.ToTensor(),
+                               transforms.Normalize([0.5] * nc, [0.5] * nc)])
+
+
 def baseline(args):
     """The plain loop. Prints step and time as JSON lines."""
     from torch.utils.data import DataLoader
-    from torchvision import datasets, transforms
+    from torchvision import datasets
 
     name = args.as_baseline
     script = importlib.import_module(name)
     size = args.img_size or SIZES[name]
-    channels = [transforms.Grayscale(args.nc)] if args.nc == 1 or args.dataset == "mnist" else []  # ImageFolder's are RGB
-    resize = transforms.Resize(size, transforms.InterpolationMode.BICUBIC)  # as our scripts: the same pictures
-    transform = transforms.Compose([*channels, resize, transforms.CenterCrop(size),
-                                    transforms.ToTensor(), transforms.Normalize([0.5] * args.nc, [0.5] * args.nc)])
+    transform = plain_transform(args.nc, size, grey=args.dataset == "mnist")
     if args.dataset == "mnist":
         data = datasets.MNIST(args.data_dir, transform=transform, download=True)
     else:

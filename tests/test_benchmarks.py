@@ -8,11 +8,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from conftest import ROOT, command, train
 from PIL import Image
+from torchvision import datasets
 
 import acgan
 import dcgan
+from benchmarks import training
 
 
 def rows(*argv):
@@ -76,6 +79,18 @@ def test_pictures_of_the_baseline(folder, name, stop):
     assert z["arr_0"].dtype == np.uint8
     assert z["arr_0"].std() > 0
     assert ("labels" in z) == (name == "acgan")
+
+
+@pytest.mark.parametrize("nc", [1, 3])
+def test_the_baseline_trains_on_our_pictures(folder, nc):
+    """Else its losses and pictures could not be compared with ours."""
+    args = dcgan.get_args(["--dataset", str(folder), "--img_size", "32", "--nc", str(nc)])
+    images, labels, classes = dcgan.load_data(args, quiet=True)
+    theirs = datasets.ImageFolder(folder, training.plain_transform(nc, 32, grey=False))
+    ours = dcgan.to_float(torch.from_numpy(images.copy()), torch.device("cpu"))
+    assert classes == theirs.classes
+    assert labels.tolist() == theirs.targets
+    torch.testing.assert_close(ours, torch.stack([picture for picture, _ in theirs]))
 
 
 def test_inference():

@@ -125,6 +125,16 @@ def test_run_is_never_overwritten(script, capfd):
     assert "--out_dir run: there is a run in it" in messages(script, capfd, "--out_dir", "run")
 
 
+@pytest.mark.parametrize("environment", [{"RANK": "x"}, {"RANK": "1"}, {"WORLD_SIZE": "0"}, {"WORLD_SIZE": "2"},
+                                         {"RANK": "2", "WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": "1"}])
+def test_a_launcher_that_was_not_torchrun(script, environment, capfd, monkeypatch):
+    """And not a wait of hours for processes that nobody started."""
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    line = error_of(capfd, train, script, "--max_steps", "1")
+    assert "in the environment do not fit together" in line
+
+
 def test_sizes_the_net_cannot_make(capfd):
     assert "--img_size 48" in messages(dcgan, capfd, "--img_size", 48)
     assert "--img_size 0" in messages(gan, capfd, "--img_size", 0)
