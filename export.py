@@ -16,12 +16,10 @@ import argparse
 import contextlib
 import copy
 import hashlib
-import importlib
 import itertools
 import json
 import logging
 import math
-import os
 import shlex
 import sys
 import tempfile
@@ -34,78 +32,48 @@ import torch
 from torch import nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-SCRIPTS = ("gan", "dcgan", "acgan")
+import acgan
+import dcgan
+import gan
+
+SCRIPTS = {"gan": gan, "dcgan": dcgan, "acgan": acgan}
 # How far ONNX Runtime's pictures may be from PyTorch's: greatest difference in [-1, 1], or least PSNR in dB.
 TOLERANCE = {"fp32": (1e-4, 0), "fp16": (math.inf, 40), "int8": (math.inf, 35)}
 
 
-def fail(message):
-    """Ends the program with one line for the user: exit code 2 if the message begins with a flag, 1 otherwise."""
-    print(f"export.py: error: {' '.join(message.splitlines())}", file=sys.stderr)  # a file's name may hold a newline
-    sys.exit(2 if message.startswith("--") else 1)
-
-
-class ArgumentParser(argparse.ArgumentParser):
-    def error(self, message):
-        self.exit(2, f"{self.prog}: error: {' '.join(message.split())} (--help lists the flags)\n")
-
-
-class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
-    def _get_help_string(self, action):  # "(default: None)" helps nobody
-        plain = action.default is None or isinstance(action.default, bool)
-        return action.help if plain else super()._get_help_string(action)
-
-
 def get_args(argv=None):
-    p = ArgumentParser(prog="export.py", description=__doc__.split("\n")[0], allow_abbrev=False,
-                                formatter_class=HelpFormatter)
+    p = argparse.ArgumentParser(prog="export.py", description=__doc__.split("\n")[0], allow_abbrev=False)
     p.add_argument("checkpoint", help="checkpoint.pt, the folder of a run, or a DCGAN generator's state dict")
-    p.add_argument("-o", "--out", metavar="MODEL.onnx", help="where to write (default: beside the checkpoint)")
-    p.add_argument("--precision", choices=TOLERANCE, default="fp32", help="fp16 is for GPUs, int8 for CPUs")
+    p.add_argument("-o", "--out", metavar="MODEL.onnx", help="where to write (beside the checkpoint)")
+    p.add_argument("--precision", choices=TOLERANCE, default="fp32", help="fp16 is for GPUs, int8 for CPUs (fp32)")
     p.add_argument("--uint8", action="store_true", help="the graph ends in pixels, uint8 (N, H, W, nc)")
-    p.add_argument("--weights", choices=("ema", "raw"), default="ema", help="the average of netG, or its last state")
     p.add_argument("--phases", action=argparse.BooleanOptionalAction,
-                   help="transposed convolutions as phases, faster on CPUs (default: for fp32 and int8)")
-    p.add_argument("--opset", type=int, help="ONNX operator set (default: torch.onnx's)")
-    p.add_argument("--batch_size", type=int, help="a fixed batch size (default: any)")
-    p.add_argument("--seed", type=int, default=0, help="of the latents for int8's calibration and for the check")
+                   help="transposed convolutions as phases, faster on CPUs (for fp32 and int8)")
+    p.add_argument("--opset", type=int, help="ONNX operator set (torch.onnx's)")
+    p.add_argument("--batch_size", type=int, help="a fixed batch size (any)")
+    p.add_argument("--seed", type=int, default=0, help="of the latents for int8's calibration and for the check (0)")
     p.add_argument("--no-verify", dest="verify", action="store_false", help="do not compare with PyTorch")
     args = p.parse_args(argv)
-    if args.batch_size is not None and not 1 <= args.batch_size <= 65536:
-        p.error(f"--batch_size {args.batch_size}: 1 to 65536")
-    if not 0 <= args.seed < 2**63:
-        p.error(f"--seed {args.seed}: 0 to {2**63 - 1}")
     if args.precision == "int8" and args.phases is False:
         p.error("--no-phases: ONNX Runtime has no int8 transposed convolution; choose fp32 or fp16")
     args.phases = args.precision != "fp16" if args.phases is None else args.phases
-    if Path(args.checkpoint, "checkpoint.pt").exists():  # a run's folder stands for its last checkpoint
-        args.checkpoint = str(Path(args.checkpoint, "checkpoint.pt"))
-    if not Path(args.checkpoint).name:
-        p.error(f"checkpoint {args.checkpoint!r}: give a file, or the folder of a run")
-    if args.out is None:
-        suffix = "" if args.precision == "fp32" else f"_{args.precision}"
-        args.out = f"{Path(args.checkpoint).with_suffix('')}{suffix}.onnx"
-    if Path(args.out).suffix != ".onnx":
+    args.checkpoint = dcgan.last_checkpoint(args.checkpoint)
+    suffix = "" if args.precision == "fp32" else f"_{args.precision}"
+    args.out = args.out or f"{Path(args.checkpoint).with_suffix('')}{suffix}.onnx"
+    if Path(args.out).suffix != ".onnx":  # it could be the checkpoint's own name
         p.error(f"--out {args.out}: give a name that ends in .onnx")
-    if any("\ud800" <= c <= "\udfff" for c in args.out):
-        p.error(f"--out {args.out}: ONNX Runtime opens no file whose name is not UTF-8; give another")
     return args
 
 
 # -------------------------------------------------------------------------------------------------------- model
 
 
-def load(path, weights):
-    """(module of the script, netG in eval mode, checkpoint) of a checkpoint. Exits where it holds no generator."""
-    dcgan = importlib.import_module("dcgan")
-    dcgan.fail = fail  # the same messages, under this script's name
-    ckpt = dcgan.load_checkpoint(path)
-    name = ckpt.get("script", "dcgan") if isinstance(ckpt, dict) else "dcgan"
-    if name not in SCRIPTS:
-        fail(f"{path}: written by {str(name)[:40]!r}, which is none of {', '.join(SCRIPTS)}")
-    script = importlib.import_module(name)
-    script.fail = fail
-    return script, *script.load_generator(path, weights)
+def load(path):
+    """(module of the script, netG in eval mode, names of its classes, what else the file says of its training)."""
+    ckpt = dcgan.load_checkpoint(path, [*SCRIPTS, None])
+    run = ckpt if "script" in ckpt else {"script": "dcgan"}  # somebody else's
+    script = SCRIPTS[run["script"]]
+    return script, *script.load_generator(path), run
 
 
 def fold_batchnorm(net):
@@ -136,9 +104,9 @@ class Exported(nn.Module):
 
 def draw(script, netG, seed, start, n):
     """Inputs of netG, by name: latents start to start + n - 1 of the seed, and labels in turn where it takes them."""
-    inputs = {"z": script.latents(seed, start, n, netG.nz)}
-    if hasattr(netG, "label_emb"):
-        inputs["labels"] = np.arange(start, start + n) % netG.label_emb.num_embeddings
+    inputs = {"z": script.latents(seed, start, n, netG.config["nz"])}
+    if "n_classes" in netG.config:
+        inputs["labels"] = np.arange(start, start + n) % netG.config["n_classes"]
     return inputs
 
 
@@ -310,22 +278,19 @@ def quantize(model, groups, batches):
 # --------------------------------------------------------------------------------------------------------- file
 
 
-def describe(args, script, netG, ckpt, shape):
+def describe(args, netG, classes, run):
     """The file's metadata, str -> str: all that a program needs to use it, and where it comes from; no local path."""
     import onnx
 
-    run = ckpt["args"] if "script" in ckpt else {}
-    classes = ckpt.get("classes", []) if run else []
     layout, values = ("NHWC", "0 to 255") if args.uint8 else ("NCHW", "-1 to 1")
-    size, nc = shape[1 if args.uint8 else 2], shape[3 if args.uint8 else 1]
+    config, dataset = netG.config, str(run.get("args", {}).get("dataset", "unknown"))
     meta = {
-        "format_version": 1, "script": script.SCRIPT, "nz": netG.nz, "nc": nc, "img_size": size,
-        "n_classes": netG.label_emb.num_embeddings if hasattr(netG, "label_emb") else 0,
-        "classes": json.dumps(classes if hasattr(netG, "label_emb") else []), "layout": layout, "value_range": values,
+        "format_version": 1, "script": run["script"], "nz": config["nz"], "nc": config["nc"],
+        "img_size": config["img_size"], "n_classes": config.get("n_classes", 0),
+        "classes": json.dumps(classes), "layout": layout, "value_range": values,
         "precision": args.precision, "latent": "N(0, 1)",
-        "dataset": PureWindowsPath(str(run.get("dataset", "unknown"))).name,  # slashes of both kinds end a folder
-        "epochs": ckpt["epoch"] if run else "unknown", "steps": ckpt["step"] if run else "unknown",
-        "weights": args.weights if run else "unknown",
+        "dataset": PureWindowsPath(dataset).name,  # slashes of both kinds end a folder
+        "steps": run.get("step", "unknown"), "weights": "ema" if "netG_ema" in run else "unknown",
         "checkpoint_sha256": hashlib.sha256(Path(args.checkpoint).read_bytes()).hexdigest(),
         "versions": f"torch {torch.__version__}, onnx {onnx.__version__}",
     }
@@ -350,7 +315,7 @@ def seal(data):
 
 
 def compare(script, netG, path, args):
-    """Runs PyTorch and ONNX Runtime on the same latents. Returns (greatest difference, PSNR in dB, pictures)."""
+    """Runs PyTorch and ONNX Runtime on the same latents; says how far they are apart. OSError if that is too far."""
     import onnxruntime as ort
 
     options = ort.SessionOptions()
@@ -363,91 +328,64 @@ def compare(script, netG, path, args):
         (got,) = session.run(["images"], inputs)
         with torch.no_grad():
             want = netG(*map(torch.from_numpy, inputs.values()))
+        if not want.isfinite().all():
+            raise OSError(f"{args.checkpoint}: makes pictures that are not finite; its training diverged")
         want = script.to_uint8(want) if args.uint8 else want.numpy()
-        if got.shape != want.shape or got.dtype != want.dtype:
-            return math.inf, -math.inf, n
         difference = (got.astype(np.float64) - want) / (127.5 if args.uint8 else 1)
         worst, n = max(worst, np.abs(difference).max()), n + size
         squares.append(np.square(difference).ravel())
     error = np.concatenate(squares).mean()
-    return worst, 10 * math.log10(4 / error) if error else math.inf, n
+    psnr = 10 * math.log10(4 / error) if error else math.inf
+    most, least = TOLERANCE[args.precision]
+    most = max(most, 1 / 127.5 + 1e-9) if args.uint8 else most
+    level = f"{worst * 127.5:.0f} levels of 255" if args.uint8 else f"{worst:.2g} in [-1, 1]"
+    result = f"greatest difference from PyTorch {level}, PSNR {psnr:.1f} dB over {n} pictures"
+    if not (worst <= most and psnr >= least):  # nor NaN
+        allowed = f"at least {least} dB" if least else f"at most {most:.2g} in [-1, 1]"
+        raise OSError(f"{args.out}: not written, {result}; {args.precision} has to keep to {allowed}; "
+                      "try another --precision")
+    return result
 
 
 def export(args):
     """The file args.out, or none: what does not give PyTorch's pictures never gets that name."""
     import onnx
 
-    script, netG, ckpt = load(args.checkpoint, args.weights)
-    out = Path(args.out)
+    script, netG, classes, run = load(args.checkpoint)
     net = fold_batchnorm(copy.deepcopy(netG))
     if args.phases and isinstance(net.main[0], nn.ConvTranspose2d):
         net.main[0] = Dense(net.main[0])
     net = Exported(net, args.precision == "fp16", args.uint8).eval()
-    inputs = draw(script, netG, args.seed, 0, max(2, args.batch_size or 0))
-    try:
-        model = to_onnx(net, inputs, args.batch_size, args.opset)
-    except Exception:  # torch.onnx and the converter below it raise nearly anything
-        if args.opset is None:
-            raise
-        model = None
-    if args.opset is not None and (model is None or model.opset_import[0].version != args.opset):
-        fail(f"--opset {args.opset}: torch.onnx {torch.__version__} does not write it for this net; leave --opset out")
+    model = to_onnx(net, draw(script, netG, args.seed, 0, max(2, args.batch_size or 0)), args.batch_size, args.opset)
+    opset = model.opset_import[0].version
+    if args.opset not in (None, opset):
+        raise OSError(f"--opset {args.opset}: torch.onnx {torch.__version__} gives {opset} for this net; leave it out")
     groups = to_phases(model) if args.phases else []
     if args.precision == "int8":
         n = args.batch_size or 16
         batches = [draw(script, netG, args.seed, 2**40 + i, n) for i in range(0, max(n, 256), n)]
-        try:
-            model = quantize(model, groups, batches)
-        except OSError as e:
-            fail(f"{tempfile.gettempdir()}: cannot be written ({e.strerror or e}); name another folder by TMPDIR")
+        model = quantize(model, groups, batches)
     strip(model)
-    shape = [d.dim_value for d in model.graph.output[0].type.tensor_type.shape.dim]
-    facts = describe(args, script, netG, ckpt, shape)
+    facts = describe(args, netG, classes, run)
     onnx.helper.set_model_props(model, {k: v.encode(errors="backslashreplace").decode() for k, v in facts.items()})
     onnx.checker.check_model(model, full_check=True)
-    tmp = out.with_name(f".{out.name}.{os.getpid()}.tmp")
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        with open(tmp, "wb") as f:
-            f.write(seal(model.SerializeToString()))
-            f.flush()
-            os.fsync(f.fileno())
-        result = "not compared with PyTorch"
-        if args.verify:
-            worst, psnr, n = compare(script, netG, str(tmp), args)
-            most, least = TOLERANCE[args.precision]
-            most = max(most, 1 / 127.5 + 1e-9) if args.uint8 else most
-            level = f"{worst * 127.5:.0f} levels of 255" if args.uint8 else f"{worst:.2g} in [-1, 1]"
-            result = f"greatest difference from PyTorch {level}, PSNR {psnr:.1f} dB over {n} pictures"
-            if not (worst <= most and psnr >= least):
-                allowed = f"at least {least} dB" if least else f"at most {most:.2g} in [-1, 1]"
-                fail(f"{out}: not written, {result}; {args.precision} has to keep to {allowed}; "
-                     "try another --precision")
-        os.replace(tmp, out)
-    except OSError as e:
-        fail(f"--out {out}: cannot be written ({e.strerror or e})")
-    finally:
-        with contextlib.suppress(OSError):
-            tmp.unlink()
-    print(f"{out}: {out.stat().st_size / 1e6:.2f} MB, {args.precision}, opset {model.opset_import[0].version}, "
-          f"BatchNorm folded; {result}\nnext: python infer_ort.py {shlex.quote(str(out))}")
+    with dcgan.atomic_write(args.out) as f:
+        f.write(seal(model.SerializeToString()))
+        f.flush()
+        result = compare(script, netG, f.name, args) if args.verify else "not compared with PyTorch"
+    print(f"{args.out}: {Path(args.out).stat().st_size / 1e6:.2f} MB, {args.precision}, opset {opset}, "
+          f"BatchNorm folded; {result}\nnext: python infer_ort.py {shlex.quote(args.out)}")
 
 
 def main():
-    if sys.stdout:  # not where it is closed
-        sys.stdout.reconfigure(errors="backslashreplace")  # the name of a file need not be text
-    args = get_args()
+    """One line for what the user can mend, as in the training scripts."""
     logging.disable(logging.WARNING)  # of torch.onnx and onnxruntime.quantization, about how they work inside
     try:
-        export(args)
-    except ModuleNotFoundError as e:
-        if e.name not in ("onnx", "onnxscript", "onnxruntime", "ml_dtypes"):
+        export(get_args())
+    except (OSError, MemoryError, KeyboardInterrupt, RuntimeError) as e:
+        if isinstance(e, RuntimeError) and "loading state_dict" not in str(e):
             raise
-        fail(f"{e.name} is missing; pip install -r requirements.txt brings it")
-    except KeyboardInterrupt:
-        fail("interrupted, nothing written")
-    except MemoryError:
-        fail("not enough memory; lower --batch_size")
+        sys.exit(f"export.py: error: {' '.join(str(e).split()) or type(e).__name__}")
 
 
 if __name__ == "__main__":

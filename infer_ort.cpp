@@ -364,35 +364,18 @@ static std::string npy_header(const std::string& type, const std::vector<int64_t
   return std::string("\x93NUMPY\x01\x00", 8) + (char)(text.size() & 255) + (char)(text.size() >> 8) + text;
 }
 
+// A grid like torchvision's: nearly a square, or of so many columns, if not 0.
 static void write_grid(const fs::path& path, const Generator& gen, const std::vector<uint8_t>& images, int64_t n,
-                       const std::vector<int64_t>& labels) {
-  std::vector<std::vector<int64_t>> rows;
-  if (labels.empty()) {
-    int64_t columns = (int64_t)std::ceil(std::sqrt((double)n));
-    for (int64_t i = 0; i < n; ++i) {
-      if (i % columns == 0) rows.emplace_back();
-      rows.back().push_back(i);
-    }
-  } else {  // a row for each class
-    std::vector<int64_t> classes = labels;
-    std::sort(classes.begin(), classes.end());
-    classes.erase(std::unique(classes.begin(), classes.end()), classes.end());
-    for (int64_t k : classes) {
-      rows.emplace_back();
-      for (int64_t i = 0; i < n; ++i)
-        if (labels[i] == k) rows.back().push_back(i);
-    }
-  }
-  size_t columns = 0;
-  for (auto& row : rows) columns = std::max(columns, row.size());
-  const int64_t h = gen.height, w = gen.width, c = gen.channels, line = (columns * (w + 2) + 2) * c;
-  std::vector<uint8_t> grid((rows.size() * (h + 2) + 2) * line, 255);
-  for (size_t y = 0; y < rows.size(); ++y)
-    for (size_t x = 0; x < rows[y].size(); ++x)
-      for (int64_t r = 0; r < h; ++r)
-        std::memcpy(&grid[(y * (h + 2) + 2 + r) * line + (x * (w + 2) + 2) * c],
-                    &images[((rows[y][x] * h) + r) * w * c], w * c);
-  write_png(path, grid.data(), rows.size() * (h + 2) + 2, columns * (w + 2) + 2, c);
+                       int64_t columns) {
+  columns = std::min(columns ? columns : (int64_t)std::ceil(std::sqrt((double)n)), n);
+  const int64_t h = gen.height, w = gen.width, c = gen.channels, rows = (n + columns - 1) / columns, gap = n > 1 ? 2 : 0;
+  const int64_t line = (columns * (w + gap) + gap) * c;
+  std::vector<uint8_t> grid((rows * (h + gap) + gap) * line, 255);
+  for (int64_t i = 0; i < n; ++i)
+    for (int64_t y = 0; y < h; ++y)
+      std::memcpy(&grid[(i / columns * (h + gap) + gap + y) * line + (i % columns * (w + gap) + gap) * c],
+                  &images[(i * h + y) * w * c], w * c);
+  write_png(path, grid.data(), rows * (h + gap) + gap, line / c, c);
 }
 
 static void benchmark(Generator& gen, const Options& o, const std::vector<int64_t>& choice) {
@@ -483,9 +466,7 @@ static void run(const Options& o) {
   } else if (suffix == ".png") {
     std::vector<uint8_t> all(n * size);
     generate([&](int64_t i, const auto& images, int64_t k) { std::memcpy(&all[i * size], images->data(), k * size); });
-    std::vector<int64_t> labels;
-    for (int64_t i = 0; i < n && gen.n_classes; ++i) labels.push_back(label_of(i));
-    write_grid(out, gen, all, n, labels);
+    write_grid(out, gen, all, n, (int64_t)choice.size());
   } else {  // while one batch is computed, the one before it is encoded
     std::vector<std::future<void>> encoding;
     auto wait = [&] {

@@ -71,10 +71,8 @@ def get_args(argv=None):
     p.add_argument("--labels", help="classes in turn, by number or name: 0,3,7 or cat,dog or all (default: all)")
     p.add_argument("--out", metavar="FILE.png|FILE.npz|FILE.gif|FOLDER/", help="(default: a grid beside the model)")
     p.add_argument("--format", choices=("png", "jpg", "webp"), help="of the files in FOLDER/ (default: png)")
-    p.add_argument("--interpolate", type=number(int, 2), metavar="FRAMES",
-                   help="GIF of a closed spherical walk between latents")
-    p.add_argument("--walk_dim", type=number(int, 0), metavar="D", help="sweep coordinate D of one latent")
-    p.add_argument("--walk_step", type=number(float, -1e6, 1e6), help="from picture to picture of --walk_dim (default: 0.01)")
+    p.add_argument("--interpolate", type=number(int, 2), metavar="FRAMES", help="GIF of a closed walk between latents")
+    p.add_argument("--walk_dim", type=number(int, 0), metavar="D", help="sweep one coordinate, 0.01 a picture")
     p.add_argument("--provider", choices=("auto", "cpu", "cuda", "tensorrt"), default="auto", help="what computes")
     p.add_argument("--device_id", type=number(int, 0), help="GPU (default: by the process's local rank)")
     p.add_argument("--threads", type=number(int, 0, 1024), default=0, help="on the CPU; 0: one for each core")
@@ -82,9 +80,6 @@ def get_args(argv=None):
     args = p.parse_args(argv)
     if any("\ud800" <= c <= "\udfff" for c in args.model):
         p.error(f"{args.model}: ONNX Runtime opens no file whose name is not UTF-8; rename it")
-    if args.walk_step is not None and args.walk_dim is None:
-        p.error("--walk_step goes with --walk_dim D")
-    args.walk_step = 0.01 if args.walk_step is None else args.walk_step
     if args.interpolate and args.walk_dim is not None:
         p.error("--interpolate and --walk_dim are two walks; choose one")
     if args.interpolate and args.start:
@@ -130,16 +125,11 @@ def latents(seed, start, n, nz):
     return np.stack((r * np.cos(t), r * np.sin(t)), -1).reshape(n, -1)[:, :nz].astype(np.float32)
 
 
-def walk(seed, n, nz, frames, keys=4):
-    """Latents (frames, n, nz) of n closed spherical walks (Shoemake 1985), each through `keys` latents of the seed."""
-    key = latents(seed, 0, n * keys, nz).reshape(keys, n, nz).astype(np.float64)
-    out = []
-    for x in np.arange(frames) * keys / frames:
-        a, b, t = key[int(x)], key[(int(x) + 1) % keys], x % 1
-        cosine = (a * b).sum(-1, keepdims=True) / np.linalg.norm(a, axis=-1, keepdims=True)
-        omega = np.arccos(np.clip(cosine / np.linalg.norm(b, axis=-1, keepdims=True), -0.9999, 0.9999))
-        out.append((np.sin((1 - t) * omega) * a + np.sin(t * omega) * b) / np.sin(omega))
-    return np.stack(out).astype(np.float32)
+def walk(seed, n, nz, frames):
+    """Latents (frames, n, nz): a great circle through latents i and n + i, closed, and all of it as likely as those."""
+    t = np.linspace(0, 2 * np.pi, frames, endpoint=False, dtype=np.float32)[:, None, None]
+    z = latents(seed, 0, 2 * n, nz)
+    return np.cos(t) * z[:n] + np.sin(t) * z[n:]
 
 
 # ---------------------------------------------------------------------------------------------------- generator
@@ -358,19 +348,16 @@ def to_image(pixels):
     return Image.fromarray(pixels[..., 0] if pixels.shape[-1] == 1 else pixels)
 
 
-def make_grid(images, labels=None):
-    """uint8 (N, H, W, C) -> PIL image like torchvision's: nearly a square, or with labels (N) a row for each class."""
+def make_grid(images, columns=None):
+    """uint8 (N, H, W, C) -> PIL image like torchvision's: nearly a square, or of so many columns."""
     n, h, w, c = images.shape
-    columns = math.ceil(math.sqrt(n))
-    rows = [np.arange(i, min(i + columns, n)) for i in range(0, n, columns)]
-    if labels is not None:
-        rows = [np.flatnonzero(labels == k) for k in np.unique(labels)]
-        columns = max(map(len, rows))
-    grid = np.full((len(rows) * (h + 2) + 2, columns * (w + 2) + 2, c), 255, np.uint8)
-    for y, row in enumerate(rows):
-        for x, i in enumerate(row):
-            grid[y * (h + 2) + 2:(y + 1) * (h + 2), x * (w + 2) + 2:(x + 1) * (w + 2)] = images[i]
-    return to_image(grid)
+    columns = min(columns or math.ceil(math.sqrt(n)), n)
+    gap = 2 if n > 1 else 0
+    grid = np.full((-(-n // columns), h + gap, columns, w + gap, c), 255, np.uint8)
+    for i, image in enumerate(images):
+        grid[i // columns, gap:, i % columns, gap:] = image
+    grid = grid.reshape(grid.shape[0] * (h + gap), columns * (w + gap), c)
+    return to_image(np.pad(grid, ((0, gap), (0, gap), (0, 0)), constant_values=255))
 
 
 def write_npz(path, parts, n, labels_of):
@@ -423,11 +410,8 @@ def generate(args):
         benchmark(gen, choice, args)
         return
     frames = args.interpolate or 1
-    if choice is None:
-        n = args.n_samples or (16 if args.interpolate else 64)
-    else:
-        n = args.n_samples or len(choice) * (1 if args.interpolate else 10)
-    start = args.start
+    columns = 0 if choice is None else len(choice)  # of a grid: one for each class
+    start, n = args.start, args.n_samples or 10 * columns or 64
     name = "walk.gif" if args.interpolate else "samples.png" if args.walk_dim is None else f"walk_{args.walk_dim}.png"
     out = args.out or f"{Path(args.model).with_suffix('')}_{name}"
     suffix = "" if out.endswith(("/", os.sep)) else Path(out).suffix
@@ -447,7 +431,7 @@ def generate(args):
         if args.walk_dim is None:
             return latents(args.seed, start + i, k, gen.nz)
         z = latents(args.seed, args.start, 1, gen.nz).repeat(k, 0)
-        z[:, args.walk_dim] += args.walk_step * np.arange(start - args.start + i, start - args.start + i + k)
+        z[:, args.walk_dim] += 0.01 * np.arange(start - args.start + i, start - args.start + i + k)
         return z
 
     def labels_of(i, k):
@@ -469,7 +453,7 @@ def generate(args):
             write_folder(out, parts(), start, args.format)
         else:
             images = np.concatenate(list(parts()))
-            grids = [make_grid(frame, labels_of(0, n)) for frame in images.reshape(frames, n, *images.shape[1:])]
+            grids = [make_grid(frame, columns) for frame in images.reshape(frames, n, *images.shape[1:])]
             animation = {"save_all": True, "append_images": grids[1:], "loop": 0, "duration": 50}
             with atomic_write(out) as f:
                 grids[0].save(f, suffix[1:], **(animation if frames > 1 else {}))

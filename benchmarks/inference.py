@@ -224,7 +224,7 @@ def main():
     logging.disable(logging.WARNING)  # of onnxruntime.quantization, about how it works inside
     cpu = Path("/proc/cpuinfo")
     model = re.search(r"model name\s*: (.*)", cpu.read_text()).group(1) if cpu.exists() else platform.processor()
-    script, netG, _ = export.load(export.get_args([args.checkpoint]).checkpoint, "ema")
+    script, netG, *_ = export.load(export.get_args([args.checkpoint]).checkpoint)
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder)
         files = {name: folder / f"{name}.onnx" for name in ("plain", "fp32", "int8", "uint8", "fp16")}

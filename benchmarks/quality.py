@@ -33,6 +33,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from torch import nn
 from tqdm import tqdm
 
@@ -41,17 +42,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import export
 import gan
 
-PROGRAM = "quality.py"
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def fail(message):
-    """Ends the program with one line for the user: exit code 2 if the message begins with a flag, 1 otherwise."""
-    print(f"{PROGRAM}: error: {message}", file=sys.stderr)
-    sys.exit(2 if message.startswith("--") else 1)
-
-
-def get_args():
+def get_args(argv=None):
     p = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False,
                                 formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     p.add_argument("sources", nargs="+", metavar="SOURCE", help="checkpoints, run folders, .onnx, .npz of samples")
@@ -59,14 +53,13 @@ def get_args():
     p.add_argument("--data_dir", default="./data", help="where data sets are found")
     p.add_argument("--n_samples", type=int, default=10000, help="pictures of each generator")
     p.add_argument("--seed", type=int, default=0, help="of the latents")
-    p.add_argument("--weights", choices=("ema", "raw"), default="ema", help="of checkpoints")
     p.add_argument("--epochs", type=int, default=6, help="of the classifier")
     p.add_argument("--cache", help="folder that keeps the classifiers (default: cache/ in --data_dir)")
     p.add_argument("--inception", action="store_true",
                    help="also Inception-FID and KID (pip install torch-fidelity, which downloads weights)")
     p.add_argument("--neighbours", metavar="FILE.png", help="some samples, each beside its nearest training images")
     p.add_argument("--json", metavar="FILE", help="write the scores there")
-    args = p.parse_args()
+    args = p.parse_args(argv)
     args.cache = args.cache or Path(args.data_dir, "cache")
     return args
 
@@ -82,9 +75,9 @@ def samples_of(source, args):
             with np.load(path) as z:
                 images, labels = z["arr_0"][:n], z["labels"][:n] if "labels" in z else None
         except (OSError, ValueError, KeyError) as e:
-            fail(f"{path}: no .npz of samples with arr_0 in it ({e})")
+            raise OSError(f"{path}: no .npz of samples with arr_0 in it ({e})") from e
         if images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] not in (1, 3):
-            fail(f"{path}: arr_0 is {images.dtype} {images.shape}; it should be uint8 (n, height, width, 1 or 3)")
+            raise OSError(f"{path}: arr_0 is {images.dtype} {images.shape}; it should be uint8 (n, H, W, 1 or 3)")
         return images, labels
     if path.suffix == ".onnx":
         import infer_ort
@@ -94,25 +87,26 @@ def samples_of(source, args):
         parts = [slice(i, min(i + 64, n)) for i in range(0, n, 64)]
         return np.concatenate([netG(infer_ort.latents(args.seed, s.start, s.stop - s.start, netG.nz),
                                     None if labels is None else labels[s]) for s in progress(parts, source)]), labels
-    script, netG, _ = export.load(str(path / "checkpoint.pt" if path.is_dir() else path), args.weights)
+    script, netG, *_ = export.load(gan.last_checkpoint(source))
     inputs = export.draw(script, netG.to(DEVICE), args.seed, 0, n)
-    parts = [slice(i, min(i + 500, n)) for i in range(0, n, 500)]
-    images = [script.generate(netG, [x[s] for x in inputs.values()]) for s in progress(parts, source)]
+    z, labels = inputs["z"], inputs.get("labels", np.zeros(n, np.int64))
+    parts = [slice(i, min(i + 512, n)) for i in range(0, n, 512)]
+    images = [script.generate(netG, z[s], labels[s]) for s in progress(parts, source)]
     return np.concatenate(images), inputs.get("labels")
 
 
-def progress(items, what):
-    return tqdm(items, desc=str(what)[-30:], leave=False, dynamic_ncols=True)
+def progress(items, what, total=None):
+    return tqdm(items, desc=str(what)[-30:], total=total, leave=False, dynamic_ncols=True)
 
 
 def real_images(args, img_size, nc):
     """((images, labels) of training, the same of test, class names); images uint8 (N, H, W, C), labels (N) or None."""
     flags = ["--dataset", args.dataset, "--data_dir", args.data_dir, "--img_size", str(img_size), "--nc", str(nc)]
-    gan.SCRIPT = PROGRAM.removesuffix(".py")  # whose errors these are
     images, labels, classes = gan.load_data(gan.get_args(flags))
-    if args.dataset == "digits":
-        items = list(range(10**6, 10**6 + 10000))  # drawn as the training images are, and none of them
-        test = gan.ImageSource(items, [i % 10 for i in items], classes, "")
+    labels = labels if classes else None
+    if args.dataset == "digits":  # drawn as the training images are, and none of them
+        items, test_labels = range(10**6, 10**6 + 10000), np.arange(10**6, 10**6 + 10000) % 10
+        pictures = (gan.draw_digit(i, img_size) for i in items)
     elif args.dataset in ("mnist", "fashion_mnist", "cifar10"):
         from torchvision import datasets
 
@@ -120,17 +114,18 @@ def real_images(args, img_size, nc):
         try:
             data = cls[args.dataset](args.data_dir, train=False, download=True)
         except (OSError, RuntimeError) as e:
-            fail(f"--dataset {args.dataset}: no test split under {args.data_dir} ({gan.one_line(e)})")
-        test = gan.ImageSource(np.ascontiguousarray(data.data), [int(t) for t in data.targets], classes, "")
+            raise OSError(f"--dataset {args.dataset}: no test split under {args.data_dir} ({e})") from e
+        items, test_labels = np.asarray(data.data), np.asarray(data.targets)
+        pictures = map(Image.fromarray, items)
     else:
         order = np.random.default_rng(0).permutation(len(images))
         n = min(10000, len(images) // 10)
         held, kept = np.sort(order[:n]), np.sort(order[n:])
         pick = [(images[k], None if labels is None else labels[k]) for k in (kept, held)]
         return *pick, classes
-    test.size, test.nc = img_size, nc
-    decoded = np.stack([test.decode(i) for i in progress(range(len(test.items)), "test images")])
-    return (images, labels), (decoded, np.array(test.labels)), classes
+    pictures = progress(pictures, "test images", len(items))
+    pixels = bytearray().join(gan.to_pixels(picture, img_size, nc) for picture in pictures)
+    return (images, labels), (np.frombuffer(pixels, np.uint8).reshape(-1, img_size, img_size, nc), test_labels), classes
 
 
 # --------------------------------------------------------------------------------------------------- classifier
@@ -157,10 +152,9 @@ class Classifier(nn.Module):
         return self.head(self.body(x))
 
 
-def batches(images, size=500):
-    """float batches on the device, in order."""
-    for i in range(0, len(images), size):
-        yield gan.to_float(torch.from_numpy(np.array(images[i:i + size])), DEVICE)
+def to_float(images):
+    """uint8 (n, H, W, C) array -> float (n, C, H, W) in [-1, 1] on the device, channels_last in memory."""
+    return torch.from_numpy(images).to(DEVICE).permute(0, 3, 1, 2).float().sub_(127.5).div_(127.5)
 
 
 @torch.no_grad()
@@ -168,8 +162,8 @@ def features_of(net, images):
     """((n, 128) features, (n, n_classes) class probabilities) as float64 arrays."""
     net.eval()
     features, probabilities = [], []
-    for x in batches(images):
-        f = net.features(x)
+    for i in range(0, len(images), 500):
+        f = net.features(to_float(np.array(images[i:i + 500])))
         features.append(f.double().cpu())
         probabilities.append(net.head(f).softmax(1).double().cpu())
     return torch.cat(features).numpy(), torch.cat(probabilities).numpy()
@@ -189,14 +183,15 @@ def trained_classifier(train, test, n_classes, args):
     else:
         size = 128
         steps = max(1, len(images) // size)
-        bf16 = gan.use_bf16("auto", DEVICE)
+        cuda, cpu = DEVICE.type == "cuda", getattr(torch.cpu, "get_capabilities", dict)()
+        bf16 = torch.cuda.is_bf16_supported(False) if cuda else cpu.get("avx512_bf16", False)  # as the scripts decide
         opt = torch.optim.AdamW(net.parameters(), 3e-3, weight_decay=1e-2)
         schedule = torch.optim.lr_scheduler.OneCycleLR(opt, 3e-3, total_steps=args.epochs * steps)
         bar = tqdm(total=args.epochs * steps, desc="classifier", unit="step", dynamic_ncols=True)
         for epoch in range(args.epochs):
             order = np.random.default_rng((0, epoch)).permutation(len(images))[:steps * size]
             for index in order.reshape(steps, -1):
-                x = gan.to_float(torch.from_numpy(images[index]), DEVICE)
+                x = to_float(images[index])
                 y, x0 = torch.randint(5, (2,)).tolist()  # shifted by up to two pixels, a batch at a time
                 x = F.pad(x, (2, 2, 2, 2), "replicate")[..., y:y + x.shape[2], x0:x0 + x.shape[3]]
                 with torch.autocast(DEVICE.type, torch.bfloat16, enabled=bf16):
@@ -265,9 +260,9 @@ def inception_scores(fake, test):
         size = min(1000, len(fake), len(test))
         metrics = [FrechetInceptionDistance(normalize=False).to(DEVICE),
                    KernelInceptionDistance(subset_size=size, normalize=False).to(DEVICE)]
-    except Exception as e:  # noqa: BLE001  no torch-fidelity, no network, a damaged file: the way out is one
-        fail(f"--inception: Inception's weights cannot be had ({gan.one_line(e)}); pip install torch-fidelity, and run "
-             "it once with network: they are downloaded and kept")
+    except Exception as e:  # no torch-fidelity, no network, a damaged file: the way out is one
+        raise OSError(f"--inception: Inception's weights cannot be had ({e}); pip install torch-fidelity, and run it "
+                      "once with network: they are downloaded and kept") from e
     for images, real in ((test, True), (fake, False)):
         for i in progress(range(0, len(images), 100), "Inception"):
             x = torch.from_numpy(np.ascontiguousarray(images[i:i + 100])).permute(0, 3, 1, 2).to(DEVICE)
@@ -290,7 +285,7 @@ def score(images, labels, reference):
            "classes": math.exp(-sum(s * math.log(s) for s in share if s)), "sure": float((p.max(1) >= 0.8).mean())}
     if labels is not None:
         row["asked"] = float((found == labels).mean())
-    if images.shape[3] == 3:
+    if reference["saturation"]:
         row["colour"] = saturation(images) / reference["saturation"]
     row["copying"] = float(np.median(nearest(features[:2000], reference["train"], 1)[0]) / reference["distance"])
     return row | {"histogram": share.round(4).tolist()}, features
@@ -301,22 +296,21 @@ def draw_neighbours(images, features, train, reference, path):
     chosen = np.arange(10)
     _, index = nearest(features[chosen], reference["train"], 8)
     rows = np.concatenate([np.concatenate((images[i:i + 1], train[j])) for i, j in zip(chosen, index)])
-    gan.save_image(gan.make_grid(rows, np.repeat(chosen, 9)), path)
+    gan.save_grid(path, [rows], 9)
 
 
-def main():
-    args = get_args()
-    export.fail = fail
+def measure(args):
     if args.n_samples < 100:
-        fail(f"--n_samples {args.n_samples}: too few to judge; take 100 or more, 10000 to compare")
+        raise OSError(f"--n_samples {args.n_samples}: too few to judge; take 100 or more, 10000 to compare")
     loaded = {source: samples_of(source, args) for source in dict.fromkeys(args.sources)}
     shapes = {images.shape[1:] for images, _ in loaded.values()}
     if len(shapes) > 1:
-        fail(f"{' '.join(args.sources)}: their pictures have different sizes, {sorted(shapes)}; score them one by one")
+        raise OSError(f"{' '.join(args.sources)}: their pictures have different sizes, {sorted(shapes)}; "
+                      "score them one by one")
     img_size, _, nc = shapes.pop()
     train, test, classes = real_images(args, img_size, nc)
     if train[1] is None and not args.inception:
-        fail(f"--dataset {args.dataset}: no labels, so no classifier; --inception compares without")
+        raise OSError(f"--dataset {args.dataset}: no labels, so no classifier; --inception compares without")
     table, facts = {}, {"dataset": args.dataset, "n_samples": args.n_samples, "n_test": len(test[0])}
     if train[1] is not None:
         begin = time.perf_counter()
@@ -345,6 +339,14 @@ def main():
     if args.json:
         with gan.atomic_write(args.json) as f:
             f.write(json.dumps(facts | {"scores": table}, indent=1).encode())
+
+
+def main():
+    """One line for what the user can mend, as in the training scripts."""
+    try:
+        measure(get_args())
+    except (OSError, MemoryError, KeyboardInterrupt) as e:
+        sys.exit(f"quality.py: error: {' '.join(str(e).split()) or type(e).__name__}")
 
 
 if __name__ == "__main__":

@@ -282,6 +282,14 @@ def flop_per_image(script, nc, size, ngf, ndf):
     return counter.get_total_flops() / n
 
 
+def use_bf16(precision):
+    """Whether the scripts autocast to bfloat16, as they decide it."""
+    cuda = torch.cuda.is_available()
+    cpu = getattr(torch.cpu, "get_capabilities", dict)()
+    fast = torch.cuda.is_bf16_supported(False) if cuda else cpu.get("avx512_bf16", False)
+    return precision == "bf16" or (precision == "auto" and fast)
+
+
 def convolution_peak(dtype):
     """FLOP/s of a convolution that suits the machine: 3x3, 256 to 256 channels, 32x32, channels_last."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -327,11 +335,10 @@ def measure(name, args, folder):
                 variant = shlex.split(row)[1:]
                 out = folder / f"{name}-{len(peaks[row])}-{list(rows).index(row)}"
                 precision = variant[variant.index("--precision") + 1] if "--precision" in variant else "auto"
-                bf16 = script.use_bf16(precision, script.pick_device("auto"))
-                peaks[row].append(convolution_peak(torch.bfloat16 if bf16 else torch.float32))
+                peaks[row].append(convolution_peak(torch.bfloat16 if use_bf16(precision) else torch.float32))
                 seconds, peak = run([sys.executable, ROOT / f"{name}.py", *common, "--ndf", args.ngf, "--max_steps",
-                                     args.warmup + args.steps, "--epochs", 10**6, "--log_interval", 10, "--sample_interval",
-                                     10**9, *variant, "--out_dir", out], log)
+                                     args.warmup + args.steps, "--log_interval", 10, "--save_interval", 10**9,
+                                     *variant, "--out_dir", out], log)
                 speed = images_per_second(out / "log.jsonl", args)
             elif row.startswith(("plain baseline", "PyTorch-GAN")):
                 seconds, peak = run([sys.executable, __file__, *plain, "--as_baseline", name, "--steps", args.steps,

@@ -1,12 +1,16 @@
 """Fixtures shared by the tests: the three scripts as modules, tiny runs of them, and small files of real images."""
 
+import functools
 import importlib
+import multiprocessing
 import os
-import re
 import shutil
+import signal
 import subprocess
 import sys
+import traceback
 from pathlib import Path
+from unittest import mock
 
 # One thread for these tiny nets: faster, and on a busy machine several threads wait for each other more than they work.
 # Before torch, which reads it once: bit for bit holds between equal numbers of threads.
@@ -20,37 +24,19 @@ from PIL import Image
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 SCRIPTS = ("gan", "dcgan", "acgan")
-TINY = [
-    "--img_size",
-    "16",
-    "--ngf",
-    "4",
-    "--ndf",
-    "4",
-    "--nz",
-    "8",
-    "--max_images",
-    "64",
-    "--batch_size",
-    "8",
-    "--device",
-    "cpu",
-    "--precision",
-    "fp32",
-    "--log_interval",
-    "1",
-    "--workers",
-    "0",
-]
 
+def words(*argv):
+    """A command line as a list: an argument may be several, with spaces between."""
+    return [word for arg in argv for word in str(arg).split()]
+
+TINY = words("--img_size 16 --ngf 4 --ndf 4 --nz 8 --max_images 64 --batch_size 8 --device cpu --precision fp32",
+             "--log_interval 1")
 
 def pytest_addoption(parser):
     parser.addoption("--slow", action="store_true", help="the long versions of loops too")
 
-
 def pytest_configure(config):
     config.addinivalue_line("markers", "slow: the long version of a loop, with --slow only")
-
 
 def pytest_collection_modifyitems(config, items):
     if not config.getoption("--slow"):
@@ -58,65 +44,118 @@ def pytest_collection_modifyitems(config, items):
         config.hook.pytest_deselected(items=long)
         items[:] = [item for item in items if item not in long]
 
-
 @pytest.fixture(params=SCRIPTS)
 def script(request):
     """Each of the three scripts in turn, as a module."""
     return importlib.import_module(request.param)
 
-
 @pytest.fixture(autouse=True)
 def in_tmp_path(tmp_path, monkeypatch):
-    """Every test works in an empty folder of its own."""
+    """Every test works in an empty folder of its own, and leaves no handler of signals behind."""
     monkeypatch.chdir(tmp_path)
     for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"):
         monkeypatch.delenv(name, raising=False)
-
+    handlers = {signum: signal.getsignal(signum) for signum in (signal.SIGINT, signal.SIGTERM)}
+    yield
+    for signum, handler in handlers.items():
+        signal.signal(signum, handler)
 
 @pytest.fixture
 def data_dir():
-    """Real data sets (MNIST/raw, cifar10_train.zip) where there are any."""
+    """Real data sets (MNIST/raw, cifar10_train.zip) where there are any. They may be read-only."""
     folder = os.environ.get("GAN_DATA_DIR")
     if not folder:
         pytest.skip("GAN_DATA_DIR names no folder of real data sets")
     return Path(folder).resolve()
 
-
 def train(script, *argv, out="run"):
-    """A tiny run in this process. Returns its last checkpoint."""
-    script.train(script.get_args([*TINY, "--out_dir", out, *map(str, argv)]))
-    return script.load_checkpoint(f"{out}/checkpoint.pt", script.SCRIPT)
+    """A tiny run in this process, into a new folder (or it would get a number). Returns its last checkpoint."""
+    assert not os.path.exists(out)
+    script.train(script.get_args([*TINY, "--out_dir", out, *words(*argv)]))
+    return script.load_checkpoint(f"{out}/checkpoint.pt", [script.SCRIPT])
 
+def resume(script, *argv, out="run"):
+    """Goes on with the run in the folder `out`. Returns its last checkpoint."""
+    script.train(script.get_args(["--resume", out, *words(*argv)]))
+    return script.load_checkpoint(f"{out}/checkpoint.pt", [script.SCRIPT])
+
+def main(script, *argv):
+    """main() of a script, or of one by its name, in this process, as a command line starts it."""
+    script = importlib.import_module(script) if isinstance(script, str) else script
+    with mock.patch.object(sys, "argv", [f"{script.SCRIPT}.py", *words(*argv)]):
+        script.main()
 
 def command(script, *argv, **kwargs):
     """The script as a user starts it, in a process of its own."""
-    return subprocess.run(
-        [sys.executable, str(ROOT / f"{script}.py"), *map(str, argv)],
-        text=True,
-        capture_output=True,
-        timeout=300,
-        check=False,
-        **kwargs,
-    )
-
+    return subprocess.run([sys.executable, str(ROOT / f"{script}.py"), *words(*argv)],
+                          text=True, capture_output=True, timeout=300, check=False, **kwargs)
 
 def error_of(capfd, call, *args):
-    """The one line with which `call` ends the program, after its progress bars. Exit code 2 goes with a flag's name."""
+    """The one line with which `call` ends the program, after its progress bars, or which main() would make of it."""
     capfd.readouterr()
-    with pytest.raises(SystemExit) as e:
+    with pytest.raises((OSError, FloatingPointError, SystemExit)) as e:
         call(*args)
-    err = capfd.readouterr().err
-    lines = [line for line in err.replace("\r", "\n").splitlines() if line.strip()]
-    assert e.value.code == (2 if re.search(r"\.py: error: (--|argument|unrecog)", lines[-1]) else 1), lines[-1]
-    assert err.endswith(lines[-1] + "\n")
-    assert err.count(": error: ") == 1
-    return lines[-1]
+    said = capfd.readouterr().err
+    if not isinstance(e.value, SystemExit):
+        return str(e.value)
+    if not isinstance(e.value.code, int):  # which Python prints
+        said += f"\n{e.value}"
+    assert e.value.code != 0
+    assert "Traceback" not in said
+    assert said.count(": error: ") == 1
+    assert ": error: " in said.splitlines()[-1]
+    return said.replace("\r", "\n").splitlines()[-1]
 
+@functools.lru_cache
+def forkserver():
+    """A clean process that forks for each start: pytest's own has threads, whose locks a fork would inherit."""
+    os.environ["PYTHONPATH"] = os.pathsep.join(map(str, (ROOT, ROOT / "tests")))
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([*SCRIPTS, "conftest", "torchvision.utils", "torch._dynamo"])
+    return context
+
+def forked(call, *args, **kwargs):
+    """Starts call(*args) in a process of its own, without the seconds that importing torch takes."""
+    process = forkserver().Process(target=contained, args=(call, args), kwargs=kwargs)
+    process.start()
+    return process
+
+def contained(call, args, said="said.txt", limit=None, env=()):
+    """What `call` prints goes to the file `said`; a traceback ends the process with 70. limit: of the size of files."""
+    import resource
+
+    code = 70
+    try:
+        os.environ.update(env)
+        out = os.open(said, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+        os.dup2(out, 1)
+        os.dup2(out, 2)
+        for signum in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(signum, signal.default_int_handler)
+        if limit:
+            signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+            resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+        call(*args)
+        code = 0
+    except SystemExit as e:
+        code = e.code if isinstance(e.code, int) else print(e, file=sys.stderr) or 1
+    except KeyboardInterrupt:
+        code = 1  # before main() or after it
+    except BaseException:  # noqa: BLE001  told by the exit status
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+
+def ended(process, seconds):
+    """Exit status (negative: the signal) if the process ends within so many seconds, else None."""
+    process.join(seconds)
+    return process.exitcode
 
 def picture(i, size=(20, 20), mode="RGB"):
     rng = np.random.default_rng(i)
     return Image.fromarray(rng.integers(0, 256, (*size[::-1], 3), dtype=np.uint8)).convert(mode)
-
 
 @pytest.fixture
 def folder(tmp_path):
@@ -127,84 +166,42 @@ def folder(tmp_path):
             picture(100 * k + i).save(tmp_path / "pets" / name / f"{i:03d}.png")
     return tmp_path / "pets"
 
-
 def assert_same(a, b, path=""):
-    """Equal bit for bit, through dicts, lists and tensors."""
-    if isinstance(a, torch.Tensor):
-        assert torch.equal(a, b), path
-    elif isinstance(a, dict):
+    """Equal bit for bit, through dicts, lists and tensors; but for arguments of runs, which name their folders."""
+    if isinstance(a, (list, tuple)):
+        a, b = dict(enumerate(a)), dict(enumerate(b))
+    if isinstance(a, dict):
         assert a.keys() == b.keys(), path
-        for k in a:
+        for k in set(a) - {"args"}:
             assert_same(a[k], b[k], f"{path}.{k}")
-    elif isinstance(a, (list, tuple)):
-        assert len(a) == len(b), path
-        for i, (x, y) in enumerate(zip(a, b)):
-            assert_same(x, y, f"{path}[{i}]")
     else:
-        assert a == b, path
-
-
-def assert_same_state(a, b):
-    """assert_same of two checkpoints, but for the arguments, which name their folders."""
-    assert_same({k: v for k, v in a.items() if k != "args"}, {k: v for k, v in b.items() if k != "args"})
-
-
-def ort_root(folder):
-    """A folder with ONNX Runtime's include/ and lib/: ORT_ROOT, completed by the wheel and the system's headers."""
-    import onnxruntime
-
-    given = Path(os.environ.get("ORT_ROOT", "nowhere"))
-    includes = [given / "include", Path("/usr/include/onnxruntime"), Path("/usr/local/include/onnxruntime")]
-    include = next((i for i in includes if (i / "onnxruntime_cxx_api.h").exists()), None)
-    if include is None:
-        pytest.skip("no onnxruntime_cxx_api.h: install libonnxruntime-dev, or set ORT_ROOT to an unpacked release")
-    (folder / "include").symlink_to(include)
-    if (given / "lib").is_dir():
-        (folder / "lib").symlink_to(given / "lib")
-        return folder
-    wheel = next(Path(onnxruntime.__file__).parent.glob("capi/libonnxruntime.so.*"), None)
-    if wheel is None:
-        pytest.skip("this onnxruntime wheel has no shared library")
-    (folder / "lib").mkdir()
-    for name in ("libonnxruntime.so", "libonnxruntime.so.1"):
-        (folder / "lib" / name).symlink_to(wheel)
-    return folder
-
+        assert torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b, path
 
 @pytest.fixture(scope="session")
-def cpp_program(tmp_path_factory):
-    """infer_ort.cpp, built by the line that stands in it, all warnings being errors. A reason where that cannot be."""
-    if not shutil.which("g++"):
-        return "no g++"
-    folder = tmp_path_factory.mktemp("cpp")
-    try:
-        root = ort_root(folder)
-    except pytest.skip.Exception as e:
-        return e.msg
+def cpp(tmp_path_factory):
+    """infer_ort.cpp, built by the line that stands in it, all warnings being errors; None where that cannot be."""
+    import onnxruntime
+
+    root, given = tmp_path_factory.mktemp("cpp"), Path(os.environ.get("ORT_ROOT", "nowhere"))
+    includes = (given / "include", Path("/usr/include/onnxruntime"), Path("/usr/local/include/onnxruntime"))
+    include = next((path for path in includes if (path / "onnxruntime_cxx_api.h").exists()), None)
+    wheel = Path(onnxruntime.__file__).parent
+    library = min((*given.glob("lib/libonnxruntime.so"), *wheel.glob("capi/libonnxruntime.so.*")), default=None)
+    if not (include and library and shutil.which("g++")):
+        return None
+    (root / "include").symlink_to(include)
+    (root / "lib").mkdir()
+    for name in ("libonnxruntime.so", "libonnxruntime.so.1"):
+        (root / "lib" / name).symlink_to(library)
     line = next(line for line in (ROOT / "infer_ort.cpp").read_text().splitlines() if "g++ " in line).lstrip("/ ")
-    done = subprocess.run(
-        f"{line} -Wall -Wextra -Werror -o {folder}/infer_ort",
-        shell=True,
-        cwd=ROOT,
-        env=os.environ | {"ORT_ROOT": str(root)},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    done = subprocess.run(f"{line} -Wall -Wextra -Werror -o {root}/infer_ort", shell=True, cwd=ROOT, text=True,
+                          env=os.environ | {"ORT_ROOT": str(root)}, capture_output=True, check=False)
     if "png.h: No such file" in done.stderr:
-        return "no png.h: install libpng-dev"
+        return None
     assert done.returncode == 0, done.stderr
-    return folder / "infer_ort"
-
-
-@pytest.fixture
-def cpp(cpp_program):
-    """The program, or None where it cannot be built."""
-    return None if isinstance(cpp_program, str) else cpp_program
-
+    return root / "infer_ort"
 
 @pytest.fixture
-def need_cpp(cpp_program):
-    if isinstance(cpp_program, str):
-        pytest.skip(cpp_program)
-    return cpp_program
+def need_cpp(cpp):
+    """The program; the test is skipped where it cannot be built."""
+    return cpp or pytest.skip("needs g++, onnxruntime_cxx_api.h, ONNX Runtime's library and png.h")
