@@ -130,11 +130,12 @@ def absurd(ckpt, rng, kind):
 
 @pytest.mark.parametrize(("script", "n"), [(dcgan, 60), *(pytest.param(s, 1000, marks=slow) for s in (gan, dcgan, acgan))])
 def test_hostile_checkpoints(script, n):
-    """By accident: one line. On purpose: any exception, but no code is run, nothing hangs, no interpreter crashes."""
+    """By accident: one line, but where a flipped bit renames an entry, for PyTorch looks at no CRC: less than 1 in 100.
+    On purpose: any exception. No code is run, nothing hangs, no interpreter crashes."""
     train(script, "--max_steps 1")
     shutil.move("run", "good")
     good, rng = Path("good/checkpoint.pt").read_bytes(), np.random.default_rng(0)
-    refused = read = 0
+    refused = read = renamed = 0
     for i in range(n):
         if i % 10 < 4:
             Path("bad.pt").write_bytes(damaged(good, rng, i % 10))
@@ -150,10 +151,11 @@ def test_hostile_checkpoints(script, n):
                 read += 1
             except (Exception, SystemExit) as e:  # noqa: BLE001  a flipped bit of a weight may show as an infinite loss
                 refused += 1
-                assert i % 10 >= 4 or isinstance(e, SystemExit), i
+                renamed += i % 10 < 4 and not isinstance(e, SystemExit)
             assert time.perf_counter() - begin < 20, i
             assert not Path("code-ran").exists(), i
     assert 2 * n == refused + read < 4 * refused
+    assert renamed <= n / 100
 
 def strange_image(rng, i):
     """Bytes of a picture of any mode and shape, half of them damaged."""
