@@ -37,7 +37,7 @@ def test_folder_of_classes_and_zip_are_the_same(folder):
     with zipfile.ZipFile("pets.zip", "w") as z:
         for f in sorted(folder.rglob("*.png")):
             z.write(f, f"wrapped/{f.relative_to(folder)}")
-        z.writestr("__MACOSX/wrapped/cat/._000.png", b"junk")
+        z.writestr("__MACOSX/wrapped/cat/000.png", b"junk")
         z.writestr("wrapped/readme.txt", b"text")
         z.writestr("wrapped/../../outside.png", (folder / "cat" / "000.png").read_bytes())  # nothing is extracted
     for module in (dcgan, acgan):
@@ -128,8 +128,7 @@ def test_mnist_as_downloaded(name, folder, packed, monkeypatch):
     monkeypatch.setattr(cls, "resources", [(file, md5.get(file.removesuffix(".gz"))) for file, _ in cls.resources])
     images, labels, classes = load(name)
     assert (images.shape, labels.tolist(), len(classes)) == ((30, 32, 32, 1), list(range(10)) * 3, 10)
-    images, labels, _ = load(name, "--img_size 16 --nc 3 --max_images 5")
-    assert (images.shape, len(labels)) == ((5, 16, 16, 3), 5)
+    assert load(name, "--img_size 16 --nc 3 --max_images 5")[0].shape == (5, 16, 16, 3)
 
 def test_cifar10_as_downloaded(monkeypatch):
     """cifar-10-batches-py/ as its archive unpacks; only the checksums are our own."""
