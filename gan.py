@@ -696,7 +696,7 @@ class Run:
 
 def new_folder(args):
     """--out_dir, or one named after the data set; a new run never goes over another one: runs/dcgan-mnist-2, ..."""
-    name = args.out_dir or f"runs/{SCRIPT}-{Path(args.dataset).resolve().stem}"
+    name = str(Path(args.out_dir or f"runs/{SCRIPT}-{Path(args.dataset).resolve().stem}"))
     folder, number = Path(name), 1
     while not args.resume and any(folder.glob("*")):
         number += 1
