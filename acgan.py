@@ -54,9 +54,9 @@ RECIPES = {  # by data set: any flag's default, over the ones below; the last li
 
 def add_method_flags(add):
     add("--img_size", type=int, choices=(16, 32, 64, 128, 256), help="height and width ")
-    add("--nz", type=int, default=100, help="size of the latent vector")
-    add("--ngf", type=int, default=64, help="width of netG")
-    add("--ndf", type=int, default=64, help="width of netD")
+    add("--nz", type=positive, default=100, help="size of the latent vector")
+    add("--ngf", type=positive, default=64, help="width of netG")
+    add("--ndf", type=positive, default=64, help="width of netD")
     add("--init", choices=("dcgan", "he", "xavier"), default="dcgan", help="dcgan: N(0, 0.02)")
     add("--sn", action="store_true", help="spectral norm in netD, in place of its BatchNorm")
     add("--dropout", type=float, default=0.0, help="dropout probability in netD")
@@ -66,8 +66,8 @@ def add_method_flags(add):
     add("--fake_label", type=float, default=0.0, help="bce: netD's target for fake (0.1: smoothed)")
     add("--gp", choices=("none", "r1", "interpolate"), default="none", help="gradient penalty on netD")
     add("--gp_weight", type=float, default=10.0, help="weight of --gp")
-    add("--gp_every", type=int, default=1, help="take --gp in every N-th step, N times as heavy")
-    add("--d_steps", type=int, default=1, help="netD steps, each on new images, per netG step")
+    add("--gp_every", type=positive, default=1, help="take --gp in every N-th step, N times as heavy")
+    add("--d_steps", type=positive, default=1, help="netD steps, each on new images, per netG step")
     add("--pretrain_d", type=int, default=0, help="number of first steps in which netD learns alone")
     add("--aux_fake", type=float, default=1.0, help="weight of fakes in netD's class loss")
     add("--pretrain_aux", type=int, default=0, help="first epochs, in which netD learns alone, as a classifier only")
@@ -456,7 +456,8 @@ def sample(args):
         z[:, args.walk_dim] += 0.01 * np.arange(n)
     else:
         raise OSError(f"--walk_dim {args.walk_dim}: this generator's latents have coordinates 0 to {nz - 1}")
-    images = generate(netG, z, np.resize(labels, len(z)), args.batch_size)
+    labels = np.resize(labels, len(z))
+    images = generate(netG, z, labels, args.batch_size)
     if out.suffix == ".npz":
         with atomic_write(out) as f:
             np.savez(f, images, **({"labels": labels} if CONDITIONAL else {}))
@@ -470,7 +471,8 @@ def sample(args):
 
 def last_checkpoint(path):
     """path; or where that is the folder of a run, or a pattern of such, the checkpoint that was last written there."""
-    return max(glob.glob(f"{path}/checkpoint*.pt"), key=os.path.getmtime, default=path)
+    folder = glob.escape(path) if os.path.isdir(path) else path
+    return max(glob.glob(f"{folder}/checkpoint*.pt"), key=os.path.getmtime, default=path)
 
 def load_checkpoint(path, scripts):
     """What torch.save wrote, on the CPU. OSError if it is damaged or none of `scripts` wrote it (None: others)."""
