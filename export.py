@@ -24,11 +24,13 @@ import shlex
 import sys
 import tempfile
 import warnings
-import zlib
 from pathlib import Path, PureWindowsPath
 
 import numpy as np
+import onnx
+import onnxruntime as ort
 import torch
+from onnx import TensorProto, helper, numpy_helper
 from torch import nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
@@ -40,7 +42,6 @@ SCRIPTS = {"gan": gan, "dcgan": dcgan, "acgan": acgan}
 # How far ONNX Runtime's pictures may be from PyTorch's: greatest difference in [-1, 1], or least PSNR in dB.
 TOLERANCE = {"fp32": (1e-4, 0), "fp16": (math.inf, 40), "int8": (math.inf, 35)}
 
-
 def get_args(argv=None):
     p = argparse.ArgumentParser(prog="export.py", description=__doc__.split("\n")[0], allow_abbrev=False)
     p.add_argument("checkpoint", help="checkpoint.pt, the folder of a run, or a DCGAN generator's state dict")
@@ -49,7 +50,7 @@ def get_args(argv=None):
     p.add_argument("--uint8", action="store_true", help="the graph ends in pixels, uint8 (N, H, W, nc)")
     p.add_argument("--phases", action=argparse.BooleanOptionalAction,
                    help="transposed convolutions as phases, faster on CPUs (for fp32 and int8)")
-    p.add_argument("--opset", type=int, help="ONNX operator set (torch.onnx's)")
+    p.add_argument("--opset", type=int, default=17, help="ONNX operator set; ONNX Runtime 1.15 and later load 17 (17)")
     p.add_argument("--batch_size", type=int, help="a fixed batch size (any)")
     p.add_argument("--seed", type=int, default=0, help="of the latents for int8's calibration and for the check (0)")
     p.add_argument("--no-verify", dest="verify", action="store_false", help="do not compare with PyTorch")
@@ -64,9 +65,7 @@ def get_args(argv=None):
         p.error(f"--out {args.out}: give a name that ends in .onnx")
     return args
 
-
 # -------------------------------------------------------------------------------------------------------- model
-
 
 def load(path):
     """(module of the script, netG in eval mode, names of its classes, what else the file says of its training)."""
@@ -74,7 +73,6 @@ def load(path):
     run = ckpt if "script" in ckpt else {"script": "dcgan"}  # somebody else's
     script = SCRIPTS[run["script"]]
     return script, *script.load_generator(path), run
-
 
 def fold_batchnorm(net):
     """Each BatchNorm becomes part of the transposed convolution before it: the same function in fewer operations."""
@@ -85,7 +83,6 @@ def fold_batchnorm(net):
             if isinstance(conv, nn.ConvTranspose2d) and isinstance(bn, nn.BatchNorm2d):
                 parent._modules[a], parent._modules[b] = fuse_conv_bn_eval(conv, bn, transpose=True), nn.Identity()
     return net
-
 
 class Exported(nn.Module):
     """netG with the file's inputs and outputs: float32 outside whatever it is inside, pixels at the end if `uint8`."""
@@ -101,7 +98,6 @@ class Exported(nn.Module):
             x = (x * 127.5 + 128).clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1)
         return x
 
-
 def draw(script, netG, seed, start, n):
     """Inputs of netG, by name: latents start to start + n - 1 of the seed, and labels in turn where it takes them."""
     inputs = {"z": script.latents(seed, start, n, netG.config["nz"])}
@@ -109,19 +105,56 @@ def draw(script, netG, seed, start, n):
         inputs["labels"] = np.arange(start, start + n) % netG.config["n_classes"]
     return inputs
 
-
-def to_onnx(net, inputs, batch_size=None, opset=None):
+def to_onnx(net, inputs, batch_size, opset):
     """onnx.ModelProto of `net`, through torch.export. inputs: at least two examples, by name."""
     example = {k: torch.from_numpy(v[:batch_size or 2]) for k, v in inputs.items()}  # 1 would be taken for a constant
     dynamic = None if batch_size else {k: {0: torch.export.Dim("N")} for k in example}
     with warnings.catch_warnings(), contextlib.redirect_stdout(None):
         warnings.simplefilter("ignore")
-        return torch.onnx.export(net, (), kwargs=example, dynamo=True, dynamic_shapes=dynamic, opset_version=opset,
-                                 input_names=list(example), output_names=["images"], verbose=False).model_proto
+        model = torch.onnx.export(net, (), kwargs=example, dynamo=True, dynamic_shapes=dynamic, opset_version=opset,
+                                  input_names=list(example), output_names=["images"], verbose=False).model_proto
+    written = model.opset_import[0].version
+    if written != opset:
+        raise OSError(f"--opset {opset}: torch.onnx {torch.__version__} gives {written} for this net; choose that")
+    reshape_plainly(model)
+    return model
 
+def reshape_plainly(model):
+    """The same function for OpenCV 4, which reads no Unsqueeze of two axes and takes labels (N) for (N, 1)."""
+    made_by, nodes = {n.output[0]: n for n in model.graph.node}, []
+    nz = model.graph.input[0].type.tensor_type.shape.dim[1].dim_value
+    for n in model.graph.node:
+        x, name = n.input[0], n.output[0]
+        if n.op_type == "Gather":  # of embeddings: (N) -> (N, nz)
+            n.output[0] = f"{name}.rows"
+            shape = constant(model, f"{name}.shape", [-1, nz])
+            nodes += [n, helper.make_node("Reshape", [f"{name}.rows", shape], [name])]
+        elif n.op_type == "Unsqueeze":  # of z: (N, nz) -> (N, nz, 1, 1)
+            shape = constant(model, f"{name}.shape", [-1, nz, 1, 1])
+            nodes.append(helper.make_node("Reshape", [x, shape], [name]))
+        else:
+            nodes.append(n)
+        if n.op_type == "Reshape":
+            n.ClearField("attribute")  # allowzero
+            if x in made_by and made_by[x].op_type == "Unsqueeze":
+                n.input[0] = made_by[x].input[0]
+    used = {x for n in nodes for x in n.input} | {"images"}
+    replace_nodes(model, [n for n in nodes if n.output[0] in used])
+
+def constant(model, name, value):
+    """Adds a tensor to the file, and returns its name."""
+    model.graph.initializer.append(numpy_helper.from_array(np.ascontiguousarray(value), name))
+    return name
+
+def replace_nodes(model, nodes):
+    """Gives a model these nodes, and drops what no node uses any more."""
+    used = {i for n in nodes for i in n.input}
+    keep = [t for t in model.graph.initializer if t.name in used]
+    for field, values in ((model.graph.node, nodes), (model.graph.initializer, keep), (model.graph.value_info, [])):
+        del field[:]
+        field.extend(values)
 
 # ------------------------------------------------------------------------------------------------------- phases
-
 
 class Dense(nn.Module):
     """A transposed convolution of 1x1 pictures as the matrix product that it is: (N, nz, 1, 1) -> (N, C, 4, 4)."""
@@ -136,7 +169,6 @@ class Dense(nn.Module):
     def forward(self, z):
         return self.linear(z.flatten(1)).unflatten(1, self.shape)
 
-
 def to_phases(model):
     """Rewrites every 4x4 stride-2 transposed convolution but the last, exactly, as four 2x2 convolutions: one for each
     parity of the output's row and column.
@@ -148,16 +180,10 @@ def to_phases(model):
     Returns lists of tensors that an int8 model must give one range, for their bytes are joined; the second of each
     list is after ReLU.
     """
-    from onnx import helper, numpy_helper
-
     weights = {t.name: numpy_helper.to_array(t) for t in model.graph.initializer}
     relu_after = {n.input[0]: n for n in model.graph.node if n.op_type == "Relu"}
     convs = [n for n in model.graph.node if n.op_type == "ConvTranspose"][:-1]
     done, groups, size = [], [], 4
-
-    def constant(name, value):
-        model.graph.initializer.append(numpy_helper.from_array(np.ascontiguousarray(value), name))
-        return name
 
     def node(op, inputs, output, **attributes):
         done.append(helper.make_node(op, inputs, [output], output, **attributes))
@@ -177,60 +203,44 @@ def to_phases(model):
             for b in (0, 1):
                 taps, phase = ([3, 1], [2, 0]), f"{name}.{a}{b}"
                 kernel = w[:, :, taps[a]][:, :, :, taps[b]].transpose(1, 0, 2, 3)
-                y = node("Conv", [n.input[0], constant(f"{phase}.weight", kernel), *bias], phase,
+                y = node("Conv", [n.input[0], constant(model, f"{phase}.weight", kernel), *bias], phase,
                          kernel_shape=[2, 2], pads=[1 - a, 1 - b, a, b])
                 group += [y, node("Relu", [y], f"{phase}.relu")]
                 columns.append(node("Transpose", [group[-1]], f"{phase}.nhwc", perm=[0, 2, 3, 1]))
             group.append(node("Concat", columns, f"{name}.{a}.columns", axis=3))
-            shape = constant(f"{name}.{a}.shape", np.array([0, size, 1, 2 * size * w.shape[1]]))
+            shape = constant(model, f"{name}.{a}.shape", [0, size, 1, 2 * size * w.shape[1]])
             rows.append(node("Reshape", [group[-1], shape], f"{name}.{a}.row"))
         group.append(node("Concat", rows, f"{name}.rows", axis=2))
         size *= 2
-        nhwc = node("Reshape", [group[-1], constant(f"{name}.shape", np.array([0, size, size, w.shape[1]]))],
-                    f"{name}.nhwc")
+        shape = constant(model, f"{name}.shape", [0, size, size, w.shape[1]])
+        nhwc = node("Reshape", [group[-1], shape], f"{name}.nhwc")
         node("Transpose", [nhwc], relu_after[name].output[0], perm=[0, 3, 1, 2])
         groups.append(group)
     replace_nodes(model, done)
     return groups
 
-
-def replace_nodes(model, nodes):
-    """Gives a model these nodes, and drops what no node uses any more."""
-    used = {i for n in nodes for i in n.input}
-    keep = [t for t in model.graph.initializer if t.name in used]
-    for field, values in ((model.graph.node, nodes), (model.graph.initializer, keep), (model.graph.value_info, [])):
-        del field[:]
-        field.extend(values)
-
-
 # --------------------------------------------------------------------------------------------------------- int8
-
 
 def store_first_in_int8(model):
     """The first matrix as int8 in the file, float in memory: latents suffer most from 8 bits, so they are spared them.
 
     ONNX Runtime computes the float matrix once, when it loads the file.
     """
-    from onnx import TensorProto, helper, numpy_helper
-
     first = next(n for n in model.graph.node if n.op_type == "Gemm")
     w = numpy_helper.to_array(next(t for t in model.graph.initializer if t.name == first.input[1]))  # (out, in)
     scale = np.maximum(np.abs(w).max(1, keepdims=True), 1e-12) / 127
     name = first.output[0]
-    model.graph.initializer.extend([numpy_helper.from_array(np.round(w / scale).astype(np.int8), f"{name}.int8"),
-                                    numpy_helper.from_array(scale, f"{name}.scale")])
+    int8 = constant(model, f"{name}.int8", np.round(w / scale).astype(np.int8))
     first.input[1] = f"{name}.weight"
     replace_nodes(model, [
-        helper.make_node("Cast", [f"{name}.int8"], [f"{name}.cast"], f"{name}.cast", to=TensorProto.FLOAT),
-        helper.make_node("Mul", [f"{name}.cast", f"{name}.scale"], [f"{name}.weight"], f"{name}.weight"),
+        helper.make_node("Cast", [int8], [f"{name}.cast"], to=TensorProto.FLOAT),
+        helper.make_node("Mul", [f"{name}.cast", constant(model, f"{name}.scale", scale)], [f"{name}.weight"]),
         *model.graph.node])
-
 
 def best_range(x):
     """The upper end t of [0, t] at which rounding x >= 0 to 255 steps of it makes the least squared error."""
     tops = max(float(x.max()), 1e-6) * np.linspace(0.5, 1, 26)
     return min(tops, key=lambda t: np.square(np.minimum(np.round(x * (255 / t)), 255) * (t / 255) - x).mean())
-
 
 def quantize(model, groups, batches):
     """The int8 form of a float32 model: activations uint8, weights int8 for each channel.
@@ -238,8 +248,6 @@ def quantize(model, groups, batches):
     groups: what to_phases returned. batches: inputs, by name. No data set is needed: what a generator is fed is known,
     z ~ N(0, 1).
     """
-    import onnx
-    import onnxruntime as ort
     from onnxruntime.quantization import CalibrationDataReader, QuantType, quantize_static
 
     store_first_in_int8(model)
@@ -274,14 +282,10 @@ def quantize(model, groups, batches):
                         extra_options={"TensorQuantOverrides": ranges})
         return onnx.load(path)
 
-
 # --------------------------------------------------------------------------------------------------------- file
-
 
 def describe(args, netG, classes, run):
     """The file's metadata, str -> str: all that a program needs to use it, and where it comes from; no local path."""
-    import onnx
-
     layout, values = ("NHWC", "0 to 255") if args.uint8 else ("NCHW", "-1 to 1")
     config, dataset = netG.config, str(run.get("args", {}).get("dataset", "unknown"))
     meta = {
@@ -296,7 +300,6 @@ def describe(args, netG, classes, run):
     }
     return {k: str(v) for k, v in meta.items()}
 
-
 def strip(model):
     """Removes stack traces, with the local paths in them, and whatever else tools leave in a file."""
     graph = model.graph
@@ -304,20 +307,8 @@ def strip(model):
         del part.metadata_props[:]
         part.ClearField("doc_string")
 
-
-def seal(data):
-    """The bytes of a model with one more metadata entry at their end, crc32, over all before its eight digits."""
-    import onnx
-
-    entry = onnx.ModelProto(metadata_props=[onnx.StringStringEntryProto(key="crc32", value="0" * 8)])
-    data += entry.SerializeToString()[:-8]  # messages may be joined: what is repeated goes on
-    return data + b"%08x" % zlib.crc32(data)
-
-
 def compare(script, netG, path, args):
     """Runs PyTorch and ONNX Runtime on the same latents; says how far they are apart. OSError if that is too far."""
-    import onnxruntime as ort
-
     options = ort.SessionOptions()
     options.log_severity_level = 4
     session = ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])
@@ -346,36 +337,33 @@ def compare(script, netG, path, args):
                       "try another --precision")
     return result
 
-
 def export(args):
     """The file args.out, or none: what does not give PyTorch's pictures never gets that name."""
-    import onnx
-
     script, netG, classes, run = load(args.checkpoint)
     net = fold_batchnorm(copy.deepcopy(netG))
     if args.phases and isinstance(net.main[0], nn.ConvTranspose2d):
         net.main[0] = Dense(net.main[0])
+    for layer in net.modules():
+        if isinstance(layer, nn.ReLU):
+            layer.inplace = False  # or the graph gets one more Reshape
     net = Exported(net, args.precision == "fp16", args.uint8).eval()
     model = to_onnx(net, draw(script, netG, args.seed, 0, max(2, args.batch_size or 0)), args.batch_size, args.opset)
-    opset = model.opset_import[0].version
-    if args.opset not in (None, opset):
-        raise OSError(f"--opset {args.opset}: torch.onnx {torch.__version__} gives {opset} for this net; leave it out")
     groups = to_phases(model) if args.phases else []
     if args.precision == "int8":
         n = args.batch_size or 16
         batches = [draw(script, netG, args.seed, 2**40 + i, n) for i in range(0, max(n, 256), n)]
         model = quantize(model, groups, batches)
     strip(model)
+    model.ir_version = helper.find_min_ir_version_for(model.opset_import)  # old runtimes refuse files of a newer one
     facts = describe(args, netG, classes, run)
-    onnx.helper.set_model_props(model, {k: v.encode(errors="backslashreplace").decode() for k, v in facts.items()})
+    helper.set_model_props(model, {k: v.encode(errors="backslashreplace").decode() for k, v in facts.items()})
     onnx.checker.check_model(model, full_check=True)
     with dcgan.atomic_write(args.out) as f:
-        f.write(seal(model.SerializeToString()))
+        f.write(model.SerializeToString())
         f.flush()
         result = compare(script, netG, f.name, args) if args.verify else "not compared with PyTorch"
-    print(f"{args.out}: {Path(args.out).stat().st_size / 1e6:.2f} MB, {args.precision}, opset {opset}, "
+    print(f"{args.out}: {Path(args.out).stat().st_size / 1e6:.2f} MB, {args.precision}, opset {args.opset}, "
           f"BatchNorm folded; {result}\nnext: python infer_ort.py {shlex.quote(args.out)}")
-
 
 def main():
     """One line for what the user can mend, as in the training scripts."""
@@ -386,7 +374,6 @@ def main():
         if isinstance(e, RuntimeError) and "loading state_dict" not in str(e):
             raise
         sys.exit(f"export.py: error: {' '.join(str(e).split()) or type(e).__name__}")
-
 
 if __name__ == "__main__":
     main()

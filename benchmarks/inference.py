@@ -1,8 +1,8 @@
-"""Generation measured in one run: PyTorch, a plain ONNX export, our exports, infer_ort.py and infer_ort.cpp.
+"""Generation measured in one run: PyTorch, a plain ONNX export, our exports, infer_ort.py and deploy/infer_ort.cpp.
 
     python benchmarks/inference.py runs/dcgan-celeba                    # CPU; with a GPU its table first
     python benchmarks/inference.py runs/dcgan-celeba --gpu_only         # that table alone
-    python benchmarks/inference.py CHECKPOINT --cpp ./infer_ort         # the C++ program too, built as README says
+    python benchmarks/inference.py CHECKPOINT --cpp build/infer_ort     # the C++ program too, built as README says
 
 Everything that is compared is run in turn, round by round, in this process or as a user would start it; figures are
 medians over the rounds, with the range in which they all lay.
@@ -33,7 +33,6 @@ import infer_ort
 BATCHES = (1, 16, 64)
 GPU_BATCHES = (1, 64, 512)
 
-
 def get_args():
     p = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False,
                                 formatter_class=argparse.ArgumentDefaultsHelpFormatter)
@@ -41,10 +40,9 @@ def get_args():
     p.add_argument("--rounds", type=int, default=7, help="how often each is measured")
     p.add_argument("--seconds", type=float, default=1.0, help="of one measurement")
     p.add_argument("--n_samples", type=int, default=10000, help="pictures written by the programs")
-    p.add_argument("--cpp", metavar="PROGRAM", help="infer_ort.cpp, built")
+    p.add_argument("--cpp", metavar="PROGRAM", help="deploy/infer_ort.cpp, built")
     p.add_argument("--gpu_only", action="store_true", help="the GPU's table alone")
     return p.parse_args()
-
 
 def rate(step, n, seconds, sync=lambda: None):
     """Images/s of step(), which makes n."""
@@ -57,7 +55,6 @@ def rate(step, n, seconds, sync=lambda: None):
         done += n
     return done / (time.perf_counter() - begin)
 
-
 def in_turn(variants, rounds, measure):
     """{name: [figures]}: each of the variants measured once a round."""
     figures = {name: [] for name in variants}
@@ -66,11 +63,9 @@ def in_turn(variants, rounds, measure):
             figures[name].append(measure(variant))
     return figures
 
-
 def show(values, digits=0):
     low, middle, high = min(values), float(np.median(values)), max(values)
     return f"{middle:.{digits}f} ({low:.{digits}f} to {high:.{digits}f})"
-
 
 def plain_export(netG, inputs, path):
     """What torch.onnx.export gives of netG as it is."""
@@ -78,7 +73,6 @@ def plain_export(netG, inputs, path):
     dynamic = {k: {0: torch.export.Dim("N")} for k in example}
     torch.onnx.export(netG, (), str(path), kwargs=example, dynamo=True, dynamic_shapes=dynamic, external_data=False,
                       optimize=False, verbose=False, input_names=list(example), output_names=["images"])
-
 
 def bf16(netG):
     """PyTorch at its best on a CPU: BatchNorm folded, channels_last, bfloat16."""
@@ -89,7 +83,6 @@ def bf16(netG):
             return net(*inputs)
 
     return run
-
 
 def cpu_tables(args, script, netG, files, folder):
     print(f"\n| images/s | file | {' | '.join(f'batch {n}' for n in BATCHES)} | PSNR against A |")
@@ -131,7 +124,6 @@ def cpu_tables(args, script, netG, files, folder):
     print("- file size / B: " + ", ".join(f"{k} {os.path.getsize(files[k]) / plain:.3f}" for k in ("fp32", "int8")))
     programs(args, script, netG, files, folder)
 
-
 def launch(argv):
     """(seconds, peak resident MB) of a program, as a user starts it."""
     begin, peak = time.perf_counter(), 0
@@ -146,7 +138,6 @@ def launch(argv):
             errors.seek(0)
             sys.exit(f"{argv}: {errors.read().decode()}")
     return seconds, peak / 1000
-
 
 def programs(args, script, netG, files, folder):
     """The two programs, end to end, against the bare session."""
@@ -176,7 +167,6 @@ def programs(args, script, netG, files, folder):
             print(f"| {name} | {precision} | {show(row['cold'], 2)} s | {show(row['array'])} | {show(row['folder'])} | "
                   f"{show(bare[name])} | {share:.2f} | {show(row['memory'])} MB |")
 
-
 def gpu_table(args, script, netG, files):
     """fp16 through ONNX Runtime, several ways, against PyTorch; latents come from RAM, pixels go there."""
     device = torch.device("cuda")
@@ -194,9 +184,7 @@ def gpu_table(args, script, netG, files):
     results = {}
     for n in GPU_BATCHES:
         inputs = export.draw(script, netG, 0, 0, n)
-        ways = {"infer_ort.py fp16": {}, "the same, prefer_nhwc": {"prefer_nhwc": "1"},
-                "the same, CUDA graph": {"enable_cuda_graph": "1"},
-                "the same, both": {"prefer_nhwc": "1", "enable_cuda_graph": "1"}}
+        ways = {"infer_ort.py fp16": {}, "the same, prefer_nhwc": {"prefer_nhwc": "1"}}
         ours = {name: infer_ort.Generator(files["fp16"], n, provider="cuda", cuda_options=options)
                 for name, options in ways.items()}
         variants = {
@@ -215,7 +203,6 @@ def gpu_table(args, script, netG, files):
     print(f"|---|{'---|' * len(GPU_BATCHES)}")
     for name, row in results.items():
         print(f"| {name} | {' | '.join(show(row[n]) for n in GPU_BATCHES)} |")
-
 
 def main():
     args = get_args()
@@ -243,7 +230,6 @@ def main():
             gpu_table(args, script, netG, files)
         if not args.gpu_only:
             cpu_tables(args, script, netG, files, folder)
-
 
 if __name__ == "__main__":
     main()

@@ -9,7 +9,6 @@ import os
 import pickle
 import sys
 import tempfile
-import zlib
 from pathlib import Path
 from unittest import mock
 
@@ -26,7 +25,6 @@ import export
 LEAST_PSNR = {"": 90, "--uint8": 50, "--precision fp16": 40, "--precision int8 --uint8": 35}
 KEPT = tempfile.TemporaryDirectory(prefix="tests-of-export-")  # what costs seconds is made once
 
-
 @functools.cache
 def run_of(name):
     """The folder of a tiny run, RGB, long enough for weights that are not those of the start."""
@@ -34,31 +32,25 @@ def run_of(name):
     train(importlib.import_module(name), f"--max_steps 5 --lr 0.01 --nc 3 --data_dir {KEPT.name}", out=out)
     return out
 
-
 @functools.cache
 def model_of(name, flags=""):
     """The file that export.py makes of that run."""
     return exported(run_of(name), flags, out=f"{KEPT.name}/{name}{flags.replace(' ', '')}.onnx")
 
-
 def exported(checkpoint, flags="", out="model.onnx"):
     export.export(export.get_args([checkpoint, *flags.split(), "-o", out]))
     return out
-
 
 def typed(program, *argv):
     """Its main() in this process, as a command line starts it."""
     with mock.patch.object(sys, "argv", [program.__name__, *map(str, argv)]):
         program.main()
 
-
 def session(path):
     return ort.InferenceSession(path, providers=["CPUExecutionProvider"])
 
-
 def metadata(path):
     return {p.key: p.value for p in onnx.load(path).metadata_props}
-
 
 def reference(checkpoint, seed, start, n):
     """(inputs, PyTorch's images) for samples start to start + n - 1."""
@@ -66,7 +58,6 @@ def reference(checkpoint, seed, start, n):
     inputs = export.draw(script, netG, seed, start, n)
     with torch.no_grad():
         return inputs, netG(*map(torch.from_numpy, inputs.values()))
-
 
 def assert_pytorchs_pictures(path, checkpoint, flags="", sizes=(1, 5, 33)):
     for n in sizes:
@@ -84,19 +75,20 @@ def assert_pytorchs_pictures(path, checkpoint, flags="", sizes=(1, 5, 33)):
         if "precision" not in flags:
             np.testing.assert_allclose(got, want, atol=1 if "--uint8" in flags else 1e-4)
 
-
 @pytest.mark.parametrize("flags", LEAST_PSNR)
 def test_every_script_and_precision_gives_pytorchs_pictures(script, flags):
     path = model_of(script.SCRIPT, flags)
     assert_pytorchs_pictures(path, run_of(script.SCRIPT), flags)
-    graph = onnx.load(path).graph
-    ops = [node.op_type for node in graph.node]
-    assert "BatchNormalization" not in ops
+    model = onnx.load(path)
+    graph, ops = model.graph, [node.op_type for node in model.graph.node]
+    assert (model.ir_version, model.opset_import[0].version) == (8, 17)  # ONNX Runtime 1.15 loads these
+    assert not {"BatchNormalization", "Unsqueeze"} & {*ops}  # nor allowzero, nor labels without a Reshape: OpenCV 4
+    assert "allowzero" not in [a.name for node in graph.node for a in node.attribute]
+    assert "Gather" not in ops or "Reshape" in [n.op_type for n in graph.node if "embedding.rows" in n.input]
     if script.SCRIPT != "gan":
         assert (ops.count("Conv"), ops.count("ConvTranspose")) == ((0, 3) if "fp16" in flags else (4, 1))
     assert [i.name for i in graph.input] == ["z", "labels"][:1 + script.CONDITIONAL]
     assert all(not t.external_data for t in graph.initializer)
-
 
 def test_metadata_explains_the_file(script):
     path, run = model_of(script.SCRIPT), Path(run_of(script.SCRIPT))
@@ -111,7 +103,6 @@ def test_metadata_explains_the_file(script):
     pixels = metadata(model_of(script.SCRIPT, "--precision int8 --uint8"))
     assert (pixels["layout"], pixels["value_range"], pixels["precision"]) == ("NHWC", "0 to 255", "int8")
 
-
 @pytest.mark.parametrize(("dataset", "name"), [("C:\\Users\\bob\\faces", "faces"), ("/home/bob/faces", "faces")])
 def test_a_data_set_is_named_without_its_folder(dataset, name):
     Path("x.pt").touch()
@@ -119,23 +110,18 @@ def test_a_data_set_is_named_without_its_folder(dataset, name):
     run = {"script": "dcgan", "args": {"dataset": dataset}}
     assert export.describe(args, dcgan.Generator(), [], run)["dataset"] == name
 
-
 @pytest.mark.parametrize("flags", LEAST_PSNR)
-def test_no_local_path_and_a_checksum_at_the_end(flags):
-    path = model_of("dcgan", flags)
-    data = Path(path).read_bytes()
+def test_no_local_path(flags):
+    data = Path(model_of("dcgan", flags)).read_bytes()
     for text in (str(ROOT), KEPT.name, "/tmp", "/home", "site-packages", ".py", "Traceback", "forward("):
         assert text.encode() not in data, text
-    assert metadata(path)["crc32"] == data[-8:].decode() == f"{zlib.crc32(data[:-8]):08x}"
-
 
 def test_batch_size_opset_and_no_phases():
-    model = onnx.load(model_of("dcgan", "--batch_size 3 --opset 18 --no-phases"))
-    assert model.opset_import[0].version == 18
+    model = onnx.load(model_of("dcgan", "--batch_size 3 --opset 20 --no-phases"))
+    assert (model.ir_version, model.opset_import[0].version) == (9, 20)
     assert [d.dim_value for d in model.graph.input[0].type.tensor_type.shape.dim] == [3, 8]
     assert not [node for node in model.graph.node if node.op_type == "Conv"]
-    assert_pytorchs_pictures(model_of("dcgan", "--batch_size 3 --opset 18 --no-phases"), run_of("dcgan"), sizes=[3])
-
+    assert_pytorchs_pictures(model_of("dcgan", "--batch_size 3 --opset 20 --no-phases"), run_of("dcgan"), sizes=[3])
 
 def test_int8_runs_in_int8_and_is_small():
     """What ONNX Runtime makes of the file: every convolution but the last in int8, and no detour through NCHW."""
@@ -150,7 +136,6 @@ def test_int8_runs_in_int8_and_is_small():
     assert ops.count("Transpose") <= 2
     assert os.path.getsize("model.onnx") < 0.35 * os.path.getsize("netG.pth")
 
-
 def test_somebody_elses_state_dict():
     torch.manual_seed(0)
     state = dcgan.Generator(nz=20, ngf=4, nc=3, img_size=64).state_dict()
@@ -160,12 +145,10 @@ def test_somebody_elses_state_dict():
     assert sum(n.op_type == "Conv" for n in onnx.load("model.onnx").graph.node) == 12  # four for each layer between
     assert_pytorchs_pictures("model.onnx", "theirs.pth")
 
-
 def test_default_name_is_beside_the_checkpoint():
     assert export.get_args(["a/netG.pth"]).out == "a/netG.onnx"
     assert export.get_args(["a/netG.pth", "--precision", "int8"]).out == "a/netG_int8.onnx"
     assert export.get_args([run_of("dcgan")]).out == f"{run_of('dcgan')}/checkpoint.onnx"
-
 
 def test_what_differs_from_pytorch_is_not_written(capfd, monkeypatch):
     original = export.fold_batchnorm
@@ -183,7 +166,6 @@ def test_what_differs_from_pytorch_is_not_written(capfd, monkeypatch):
     exported(run_of("dcgan"), "--uint8 --no-verify")
     assert os.path.exists("model.onnx")
 
-
 def test_a_diverged_net_is_not_written(capfd):
     netG = dcgan.Generator(nz=8, ngf=4, nc=1, img_size=16)
     netG.main[0].weight.data[0, 0] = float("nan")
@@ -191,11 +173,9 @@ def test_a_diverged_net_is_not_written(capfd):
     assert "nan.pth: " in error_of(capfd, exported, "nan.pth", "--uint8")
     assert os.listdir(".") == ["nan.pth"]
 
-
 class Payload:
     def __reduce__(self):
         return os.mkdir, ("executed",)
-
 
 def test_errors(capfd):
     Path("evil.pt").write_bytes(pickle.dumps({"netG": Payload()}, 2))
@@ -210,7 +190,6 @@ def test_errors(capfd):
     for flags in ("--out model.pt", "--opset 3", "--no-phases --precision int8", "--out file/model.onnx"):
         assert flags.split()[-1].split("/")[0] in error_of(capfd, typed, export, run_of("gan"), *flags.split())
     assert sorted(os.listdir(".")) == before
-
 
 def test_the_command():
     done = command("export", run_of("gan"), "-o here.onnx")

@@ -30,7 +30,6 @@ import gan
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="signals and limits of POSIX")
 slow = pytest.mark.slow
 
-
 def said(file=Path("said.txt")):
     return file.read_text(errors="replace") if file.exists() else ""
 

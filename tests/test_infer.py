@@ -1,9 +1,8 @@
-"""infer_ort.py and infer_ort.cpp: the training scripts' pictures, from an ONNX file alone."""
+"""infer_ort.py and deploy/infer_ort.cpp: the training scripts' pictures, from an ONNX file alone."""
 
 import functools
 import os
 import signal
-import struct
 import subprocess
 import sys
 import time
@@ -14,8 +13,10 @@ import numpy as np
 import onnx
 import onnxruntime
 import pytest
-from conftest import ROOT, error_of, train, words
+import torch_fidelity
+from conftest import ROOT, cmake, error_of, train, words
 from onnx import TensorProto, helper, numpy_helper
+from onnxruntime.tools.onnx_model_utils import make_dim_param_fixed
 from PIL import Image, ImageSequence
 from test_export import KEPT, LEAST_PSNR, exported, model_of, run_of, typed
 
@@ -29,28 +30,23 @@ def infer(model, *argv, out="x.npz"):
     infer_ort.generate(infer_ort.get_args([model, *words("--threads 1 --provider cpu", *argv), *out]))
     return arrays(out[1]) if out and os.path.exists(out[1]) and out[1].endswith(".npz") else None
 
-
 def arrays(path):
     with np.load(path) as f:
         return dict(f)
-
 
 def sampled(script, *argv, out):
     """What --sample of the training script makes of the run that model_of exports."""
     script.sample(script.get_args(["--sample", run_of(script.SCRIPT), *words("--device cpu --out", out, *argv)]))
     return out
 
-
 @functools.cache
 def first_fifty(script):
     return arrays(sampled(script, "--n_samples 50", out=f"{KEPT.name}/{script.SCRIPT}.npz"))
-
 
 def run_cpp(program, *argv, check=True):
     done = subprocess.run([program, *words(*argv)], capture_output=True, text=True, timeout=100, check=False)
     assert not check or done.returncode == 0, done.stderr
     return done
-
 
 def far(a, b):
     """The greatest difference in levels, of arrays or image files, each frame."""
@@ -59,14 +55,11 @@ def far(a, b):
     assert a.shape == b.shape
     return np.abs(a.astype(int) - b).max()
 
-
 # ---------------------------------------------------------------------------------------------- the same pictures
-
 
 def test_latents_are_those_of_the_scripts(script):
     for seed, start, nz in ((0, 0, 100), (2**63 - 1, 2**40, 7)):
         np.testing.assert_array_equal(infer_ort.latents(seed, start, 5, nz), script.latents(seed, start, 5, nz))
-
 
 def test_pictures_are_those_of_sample(script):
     """And neither the batch size nor where one starts changes any."""
@@ -83,7 +76,6 @@ def test_pictures_are_those_of_sample(script):
         np.testing.assert_array_equal(some["labels"], want["labels"][20:33])
     assert far(infer(model, "--n_samples 50 --seed 1")["arr_0"], want["arr_0"]) > 1
 
-
 @pytest.mark.parametrize("flags", LEAST_PSNR)
 def test_cpp_makes_the_same_pictures(script, need_cpp, flags):
     model = model_of(script.SCRIPT, flags)
@@ -98,7 +90,6 @@ def test_cpp_makes_the_same_pictures(script, need_cpp, flags):
         run_cpp(need_cpp, model, argv, "--out cpp.npy --labels 7,3")
         assert far(np.load("cpp.npy"), infer(model, argv, "--labels 7,3")["arr_0"]) <= 1
 
-
 def test_grids_are_those_of_sample(script, cpp):
     for argv in ("", "--n_samples 7", "--n_samples 1", *["--labels 3,7,1", "--labels 7"] * script.CONDITIONAL):
         sampled(script, argv, out="want.png")
@@ -108,7 +99,6 @@ def test_grids_are_those_of_sample(script, cpp):
             run_cpp(cpp, model_of(script.SCRIPT), argv, "--out cpp.png")
             assert far("cpp.png", "want.png") <= 1
 
-
 def test_walks_are_those_of_sample(script):
     for argv, suffix in (("--interpolate 6 --n_samples 5", "gif"), ("--walk_dim 3 --n_samples 40", "png")):
         sampled(script, argv, out=f"want.{suffix}")
@@ -116,7 +106,6 @@ def test_walks_are_those_of_sample(script):
         with Image.open(f"got.{suffix}") as image:
             assert getattr(image, "n_frames", 1) == (6 if suffix == "gif" else 1)
         assert far(f"got.{suffix}", f"want.{suffix}") <= (40 if suffix == "gif" else 1)  # GIF has 256 colours
-
 
 def test_a_file_of_fixed_batch_size(cpp):
     model = model_of("acgan", "--batch_size 4")
@@ -129,9 +118,7 @@ def test_a_file_of_fixed_batch_size(cpp):
         for i in range(33):
             assert far(np.asarray(Image.open(f"{folder}/{i + 5:06d}.png")), want[i]) <= 1
 
-
 # ------------------------------------------------------------------------------------------------------- Python
-
 
 @pytest.mark.parametrize("names", ["RANK WORLD_SIZE LOCAL_RANK", "SLURM_PROCID SLURM_STEP_NUM_TASKS SLURM_LOCALID",
                                    "OMPI_COMM_WORLD_RANK OMPI_COMM_WORLD_SIZE OMPI_COMM_WORLD_LOCAL_RANK"])
@@ -149,27 +136,36 @@ def test_processes_share_the_range(names, monkeypatch):
     assert sorted(os.listdir("folder")) == [f"{i:06d}.png" for i in range(5, 25)]
     np.testing.assert_array_equal(np.asarray(Image.open("folder/000024.png")), whole[19])
 
-
 def test_launchers(capfd, monkeypatch):
+    model = model_of("dcgan")
     monkeypatch.setenv("SLURM_PROCID", "0")  # sbatch: once, with the number of tasks that srun would start
     monkeypatch.setenv("SLURM_NTASKS", "4")
     assert infer_ort.process() == (0, 1, 0)
     monkeypatch.setenv("RANK", "1")
     monkeypatch.setenv("WORLD_SIZE", "4")
-    assert "--n_samples" in error_of(capfd, infer, model_of("dcgan"), "--n_samples 2")
-    monkeypatch.setenv("RANK", "")
-    assert "WORLD_SIZE" in error_of(capfd, infer, model_of("dcgan"))
+    assert "--n_samples" in error_of(capfd, infer, model, "--n_samples 2")
 
+def test_a_folder_is_what_fid_tools_read():
+    """torch-fidelity reads the very pictures and tells two folders apart; its features here need no weights."""
+    seen = []
 
-@pytest.mark.parametrize(("suffix", "tolerance"), [("png", 0), ("jpg", 60), ("webp", 80)])
-def test_folder_formats(suffix, tolerance):
-    images = infer(model_of("dcgan"), "--n_samples 40")["arr_0"]
-    infer(model_of("dcgan"), "--n_samples 40 --format", suffix, out="folder/")
-    assert sorted(os.listdir("folder")) == [f"{i:06d}.{suffix}" for i in range(40)]
-    for i in (0, 15, 16, 39):
-        with Image.open(f"folder/{i:06d}.{suffix}") as image:
-            assert far(np.asarray(image), images[i]) <= tolerance
+    class Corner(torch_fidelity.FeatureExtractorBase):
+        get_provided_features_list = staticmethod(lambda: ("corner",))
 
+        def __init__(self, name, features, **_):
+            super().__init__(name, features)
+
+        def forward(self, images):
+            seen.extend(images.permute(0, 2, 3, 1).numpy())
+            return (images[:, 0, :2, :2].flatten(1).double(),)
+
+    torch_fidelity.register_feature_extractor("corner", Corner)
+    for seed in (0, 1):
+        infer(model_of("dcgan"), "--n_samples 40 --seed", seed, out=f"{seed}/")
+    fid = functools.partial(torch_fidelity.calculate_metrics, input1="0", fid=True, cuda=False, cache=False,
+                            feature_extractor="corner", feature_layer_fid="corner", verbose=False, save_cpu_ram=True)
+    assert fid(input2="0")["frechet_inception_distance"] < 0.01 < fid(input2="1")["frechet_inception_distance"]
+    np.testing.assert_array_equal(seen[:40], infer(model_of("dcgan"), "--n_samples 40")["arr_0"])
 
 def test_npz_is_streamed():
     """As much memory for many pictures as for few."""
@@ -177,7 +173,7 @@ def test_npz_is_streamed():
     for n in (10, 200):
         parts = (np.full((64, 32, 32, 3), i, np.uint8) for i in range(n))  # 0.2 MB each
         tracemalloc.start()
-        infer_ort.write_npz(f"{n}.npz", parts, 64 * n, lambda i, k: np.arange(i, i + k))
+        infer_ort.write_npz(f"{n}.npz", parts, 64 * n, np.arange(64 * n))
         peaks.append(tracemalloc.get_traced_memory()[1])
         tracemalloc.stop()
     assert peaks[1] < peaks[0] + 1e6
@@ -186,27 +182,11 @@ def test_npz_is_streamed():
     assert (got["arr_0"][::64, 0, 0, 0] == np.arange(200)).all()
     assert (got["labels"] == np.arange(12800)).all()
 
-
 def test_labels(folder):
     assert infer(model_of("acgan"), "--labels 7,3 --n_samples 5")["labels"].tolist() == [7, 3, 7, 3, 7]
     assert infer(model_of("acgan"), "--labels all --n_samples 12")["labels"].tolist() == [*range(10), 0, 1]
     train(acgan, "--max_steps 1 --dataset", folder)
     assert infer(exported("run"), "--labels dog,cat,1 --n_samples 3")["labels"].tolist() == [1, 0, 1]
-
-
-def test_bound_buffers_give_the_same_pictures(script):
-    """What runs on a GPU, with its buffers on the CPU."""
-    gen = infer_ort.Generator(model_of(script.SCRIPT), 8, provider="cpu", threads=1)
-    assert not gen.bound
-    z = infer_ort.latents(0, 0, 20, gen.nz)
-    labels = np.arange(20) % 10 if gen.n_classes else None
-    want = gen(z, labels)
-    gen.bound, gen.device = True, ("cpu", 0)
-    np.testing.assert_array_equal(gen(z, labels), want)
-    binding = gen.binding
-    np.testing.assert_array_equal(gen(z[5:], labels if labels is None else labels[5:]), want[5:])
-    assert gen.binding is binding
-
 
 def test_runs_without_torch_and_the_scripts():
     code = f"""import sys
@@ -218,7 +198,6 @@ sys.argv = ['infer_ort.py', {model_of("dcgan")!r}, '--n_samples', '3', '--out', 
 infer_ort.main()"""
     subprocess.run([sys.executable, "-c", code], check=True, timeout=100)
     assert os.path.exists("x.png")
-
 
 def test_benchmarks(capsys, cpp):
     model = model_of("acgan", "--batch_size 4")
@@ -234,7 +213,6 @@ def test_benchmarks(capsys, cpp):
         assert 0 < p50 <= p95 <= p99
         assert 0.2 < speed * p50 / 4000 < 5
 
-
 def test_a_gpu_that_cannot_be_used_is_told_of(capfd, monkeypatch):
     if onnxruntime.get_device() != "CPU" and infer_ort.gpu_count():
         pytest.skip("the GPU can be used")
@@ -243,16 +221,13 @@ def test_a_gpu_that_cannot_be_used_is_told_of(capfd, monkeypatch):
     assert "warning: there is a GPU" in capfd.readouterr().err
     assert os.path.exists("x.png")
 
-
 # ---------------------------------------------------------------------------------------- somebody else's files
-
 
 def save_graph(name, nodes, inputs, outputs, initializers=()):
     graph = helper.make_graph(nodes, "g", inputs, outputs, initializers)
     file = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
     onnx.checker.check_model(file, full_check=True)
     onnx.save(file, name)
-
 
 def foreign(shape_in, shape_out, label=False):
     """An ONNX file of another origin: each pixel is tanh of the mean of z, or a tenth of the label."""
@@ -268,7 +243,6 @@ def foreign(shape_in, shape_out, label=False):
                  tensor("size", TensorProto.INT64, [4], [1, *shape_out[1:]])]
     save_graph("foreign.onnx", nodes, inputs, [info("image", TensorProto.FLOAT, shape_out)], constants)
 
-
 @pytest.mark.parametrize("shape_in", [["n", 12], ["n", 12, 1, 1], [4, 12]])
 @pytest.mark.parametrize("shape_out", [[3, 8, 10], [8, 10, 3], [1, 8, 8]])
 def test_foreign_generators(shape_in, shape_out, cpp):
@@ -282,7 +256,6 @@ def test_foreign_generators(shape_in, shape_out, cpp):
         assert got.shape == (10, *([8, 8, 1] if 1 in shape_out else [8, 10, 3]))
         assert far(got[:, 0, 0, 0], want) <= 1
 
-
 def test_foreign_conditional_generator(capfd, cpp):
     foreign(["n", 12], ["n", 3, 8, 8], label=True)
     got = infer("foreign.onnx", "--labels 0,5 --n_samples 4")
@@ -293,9 +266,7 @@ def test_foreign_conditional_generator(capfd, cpp):
         np.testing.assert_array_equal(np.load("cpp.npy"), got["arr_0"])
         assert np.load("cpp_labels.npy").tolist() == [0, 5, 0, 5]
 
-
 # ------------------------------------------------------------------------------------------------------- errors
-
 
 def refused(capfd, cpp, said, *argv):
     """Both programs end in one line that names a file or flag, and write nothing."""
@@ -309,7 +280,6 @@ def refused(capfd, cpp, said, *argv):
         assert done.stderr.count("\n") == 1
     assert sorted(os.listdir(".")) == before
 
-
 def test_files_that_are_no_generators(capfd, cpp):
     data = Path(model_of("dcgan")).read_bytes()
     Path("cut.onnx").write_bytes(data[:len(data) // 2])
@@ -322,7 +292,6 @@ def test_files_that_are_no_generators(capfd, cpp):
         refused(capfd, cpp, f"{name}.onnx: ", f"{name}.onnx")
     refused(capfd, cpp, "checkpoint.pt: ", f"{run_of('dcgan')}/checkpoint.pt")
 
-
 def test_flags_that_do_not_fit(capfd, cpp):
     Path("file").touch()
     lines = ["--labels 1", "--out file/x.png", "--out file/x.npy", "--out file/", "--out /proc/x.npz", "--out x.bmp",
@@ -334,51 +303,54 @@ def test_flags_that_do_not_fit(capfd, cpp):
     for text in ("10", "-1", "3,cat", "3,,4", "99999999999999999999"):
         refused(capfd, cpp, "--labels", model_of("acgan"), "--labels", text)
     for line in ("--walk_dim 8", "--walk_dim 1 --interpolate 5", "--out x.png --interpolate 5", "--threads 100000",
-                 "--start 1 --interpolate 5", "--format jpg --out x.png"):
+                 "--start 1 --interpolate 5"):
         refused(capfd, None, line.split()[0], model_of("dcgan"), line)
-
 
 def tampered(name, **metadata):
     file = onnx.load(model_of(name))
     for p in file.metadata_props:
         p.value = metadata.get(p.key, p.value)
-    del file.metadata_props[[p.key for p in file.metadata_props].index("crc32")]
     onnx.save(file, "tampered.onnx")
     return file
 
-
-@pytest.mark.parametrize("text", ["nz 9", "nc 1", "nz many", "n_classes -3", "classes [", "format_version 99"])
+@pytest.mark.parametrize("text", ["n_classes -3", "n_classes ten", "format_version 99"])
 def test_tampered_metadata(capfd, cpp, text):
     key, value = text.split()
     tampered("acgan", **{key: value})
-    refused(capfd, None if key == "classes" else cpp, "tampered.onnx: ", "tampered.onnx")  # names are for Python alone
-
+    refused(capfd, cpp, "tampered.onnx: ", "tampered.onnx")
 
 def test_more_classes_stated_than_there_are(capfd, cpp):
     tampered("acgan", n_classes="100", classes="[]")
     refused(capfd, cpp, "tampered.onnx: ", "tampered.onnx --labels 50")
 
-
-@pytest.mark.parametrize("kind", ["flipped", "appended", "nan"])
-def test_damaged_files(capfd, cpp, kind):
-    data, weights = bytearray(Path(model_of("dcgan")).read_bytes()), onnx.load(model_of("dcgan")).graph.initializer
-    if kind == "flipped":
-        data[data.index(struct.pack("<f", numpy_helper.to_array(weights[0]).flat[0]))] ^= 1
-    elif kind == "appended":
-        data += onnx.ModelProto(domain="elsewhere").SerializeToString()
-    else:
-        file = tampered("dcgan")
-        weight = next(t for t in file.graph.initializer if t.data_type == TensorProto.FLOAT)
-        weight.CopyFrom(numpy_helper.from_array(np.full_like(numpy_helper.to_array(weight), np.nan), weight.name))
-        data = file.SerializeToString()
-    Path("tampered.onnx").write_bytes(data)
+def test_pictures_that_are_not_finite(capfd, cpp):
+    file = tampered("dcgan")
+    weight = next(t for t in file.graph.initializer if t.data_type == TensorProto.FLOAT)
+    weight.CopyFrom(numpy_helper.from_array(np.full_like(numpy_helper.to_array(weight), np.nan), weight.name))
+    onnx.save(file, "tampered.onnx")
     refused(capfd, cpp, "tampered.onnx: ", "tampered.onnx")
 
+def test_files_that_other_tools_saved():
+    """onnxsim and onnxslim too were tried by hand."""
+    want = infer(model_of("acgan"))["arr_0"]
+    options, extended = onnxruntime.SessionOptions(), onnxruntime.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
+    options.optimized_model_filepath, options.graph_optimization_level = "optimized.onnx", extended
+    onnxruntime.InferenceSession(model_of("acgan"), options, providers=["CPUExecutionProvider"])
+    model = onnx.load(model_of("acgan"))
+    make_dim_param_fixed(model.graph, model.graph.input[0].type.tensor_type.shape.dim[0].dim_param, 5)
+    onnx.save(model, "fixed.onnx")
+    for name in ("optimized.onnx", "fixed.onnx"):
+        assert far(infer(name, "--n_samples", len(want))["arr_0"], want) <= 1
 
-def test_a_changed_file_is_taken_without_its_checksum():
-    tampered("dcgan", dataset="another")
-    np.testing.assert_array_equal(infer("tampered.onnx")["arr_0"], infer(model_of("dcgan"))["arr_0"])
-
+def test_what_a_file_is_too_new_for(capfd):
+    for said, version in (("Unsupported model IR version: 10, max supported IR version: 9", "1.18"),
+                          (f"{'x' * 200} Opset 22 is under development and support for this is limited.", "1.21")):
+        assert f"onnxruntime {version} or later" in infer_ort.reason(RuntimeError(said))
+    for ir, opset in ((99, 17), (8, 99)):
+        file = onnx.load(model_of("gan"))
+        file.ir_version, file.opset_import[0].version = ir, opset
+        onnx.save(file, "new.onnx")
+        assert f"a newer onnxruntime; this is {onnxruntime.__version__}" in error_of(capfd, infer, "new.onnx")
 
 def test_what_cpp_alone_could_get_wrong(need_cpp):
     model = model_of("dcgan")
@@ -386,14 +358,25 @@ def test_what_cpp_alone_could_get_wrong(need_cpp):
         done = run_cpp(need_cpp, model, "--out x.png --n_samples", n, check=False)
         assert (done.returncode, done.stderr.count("\n")) == (1, 1)
         assert "memory" in done.stderr
-    run_cpp(need_cpp, model, "--n_samples=5 --batch_size=100000 --out=five.npy")
+    run_cpp(need_cpp, model, "--n_samples 5 --batch_size 100000 --out five.npy")
     np.testing.assert_array_equal(np.load("five.npy"), infer(model, "--n_samples 5")["arr_0"])
-    line = f'ulimit -f 1; "{need_cpp}" "{model}" --n_samples 999 --out big.npy'
+    line = f'trap "" XFSZ; ulimit -f 1; "{need_cpp}" "{model}" --n_samples 999 --out big.npy'
     done = subprocess.run(["bash", "-c", line], capture_output=True, text=True, check=False)
     assert (done.returncode, done.stderr.count("\n")) == (2, 1)
     assert "--out big.npy" in done.stderr
     assert not [name for name in os.listdir(".") if "big" in name]
 
+def test_cpp_says_why_a_file_does_not_load(need_cpp):
+    file = onnx.load(model_of("dcgan"))
+    file.ir_version = 99
+    onnx.save(file, "newer.onnx")
+    assert "newer.onnx: " in (said := run_cpp(need_cpp, "newer.onnx", check=False).stderr)
+    assert "IR version: 99" in said
+
+def test_a_failed_search_for_onnx_runtime_says_what_to_get(need_cpp):
+    done = cmake("build", "-DCMAKE_FIND_ROOT_PATH=/nowhere", "-DCMAKE_FIND_ROOT_PATH_MODE_INCLUDE=ONLY")
+    assert done.returncode != 0
+    assert ["-DORT_ROOT=" in line for line in done.stderr.splitlines() if "ONNX Runtime" in line] == [True]
 
 @pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
 def test_an_interrupted_program_leaves_nothing_half_written(cpp, signum):

@@ -1,0 +1,115 @@
+"""deploy/infer_ort.html in a headless Chromium: the pictures of infer_ort.py, through onnxruntime-web."""
+
+import base64
+import contextlib
+import functools
+import http.server
+import json
+import os
+import shutil
+import subprocess
+import threading
+import time
+from io import BytesIO
+from pathlib import Path
+
+import pytest
+from conftest import ROOT, SCRIPTS
+from PIL import Image
+from test_export import KEPT, model_of
+from test_infer import far, foreign, infer, run_cpp, sampled
+
+ORT = Path(os.environ.get("GAN_ORT_WEB", "nowhere"), "node_modules/onnxruntime-web/dist").resolve()
+CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
+pytestmark = pytest.mark.skipif(not (CHROMIUM and ORT.is_dir()), reason="needs Chromium, and npm's onnxruntime-web in "
+                                "the folder that GAN_ORT_WEB names")
+
+class Page:
+    """The page in Chromium, which is told what to do through two pipes (Chrome DevTools Protocol)."""
+
+    def __init__(self, url):
+        (read, self.told), (said, write), self.url, self.session = os.pipe(), os.pipe(), url, {}
+        line = (f"exec {CHROMIUM} --headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-sync "
+                "--disable-background-networking --disable-component-update --user-data-dir=profile "
+                f"--remote-debugging-pipe 3<&{read} 4>&{write}")
+        self.process = subprocess.Popen(["bash", "-c", line], pass_fds=(read, write), stderr=subprocess.DEVNULL)
+        os.close(write)
+        self.said = os.fdopen(said, "rb")
+        target = self.tell("Target.createTarget", url="about:blank")["targetId"]
+        self.session = {"sessionId": self.tell("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]}
+
+    def tell(self, method, **params):
+        os.write(self.told, json.dumps({"id": 1, "method": method, "params": params, **self.session}).encode() + b"\0")
+        answer = {}
+        while "id" not in answer:  # but an event
+            answer = json.loads(b"".join(iter(lambda: self.said.read(1) or pytest.fail("Chromium ended"), b"\0")))
+        return answer["result"]
+
+    def wait(self, code):
+        """The value of JavaScript, as soon as it is a true one."""
+        end = time.monotonic() + 60
+        while not (value := self.tell("Runtime.evaluate", expression=code, returnByValue=True)["result"].get("value")):
+            assert time.monotonic() < end, code
+            time.sleep(0.05)
+        return value
+
+    def open(self, path, seed=0, n=50):
+        self.tell("Page.navigate", url=f"{self.url}/infer_ort.html?ort=ort/&number={n}&model={path}&seed={seed}")
+
+    def same(self, model, seed, n=50, argv=""):
+        """The picture of the seed, which each model needs to have of its own, is that of infer_ort.py (on white)."""
+        self.wait(f"document.querySelector('canvas')?.ariaLabel === '{n} pictures of seed {seed}'")
+        image = Image.open(BytesIO(base64.b64decode(self.wait("canvas.toDataURL().split(',')[1]"))))
+        Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).save("page.png")
+        infer(model, f"--n_samples {n} --seed {seed}", argv, out="python.png")
+        assert far("page.png", "python.png") <= 1
+
+@contextlib.contextmanager
+def served(folder):
+    """The page, from this folder of a server of its own. benchmarks/browser.py measures it."""
+    for name, path in (("infer_ort.html", ROOT / "deploy/infer_ort.html"), ("ort", ORT), ("kept", KEPT.name)):
+        (folder / name).symlink_to(path)
+    handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=folder)
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        page = Page(f"http://127.0.0.1:{server.server_port}")
+        yield page
+        page.process.terminate()
+        page.process.wait()
+        server.shutdown()
+
+@pytest.fixture
+def page(tmp_path):
+    with served(tmp_path) as page:
+        yield page
+
+def test_pictures_are_those_of_infer_ort(page):
+    for seed, (script, flags) in enumerate((s, f) for s in SCRIPTS for f in ("", "--precision int8 --uint8")):
+        model = model_of(script, flags)
+        page.open(f"kept/{Path(model).name}", seed)
+        page.same(model, seed)
+    page.wait("for (const k of [3, 7]) document.querySelectorAll('#classes input')[k].click(); number.value = 4;"
+              f"seed.value = '{2**63 - 1}'; seed.dispatchEvent(new Event('input', {{ bubbles: true }}))")
+    page.same(model, 2**63 - 1, 4, "--labels 3,7")
+    for seed, shapes in enumerate(((["n", 12], ["n", 3, 8, 10]), ([4, 12, 1, 1], [4, 8, 8, 1])), 10):
+        foreign(*shapes)
+        model = shutil.move("foreign.onnx", f"foreign{seed}.onnx")  # or the browser might show the first again
+        page.open(model, seed)
+        page.same(model, seed)
+
+def test_what_is_wrong_becomes_a_line(page):
+    Path("text.onnx").write_text("I am no model")
+    for name in ("nowhere", "text"):
+        page.open(f"{name}.onnx")
+        page.wait(f"document.querySelector('.error')?.innerText.startsWith('{name}.onnx: ')")
+
+def test_one_seed_one_picture(page, script, cpp):
+    """In PyTorch, Python, C++ and the browser."""
+    model, argv = model_of(script.SCRIPT), "--n_samples 50 --seed 123456789"
+    page.open(f"kept/{Path(model).name}", 123456789)
+    page.same(model, 123456789)
+    sampled(script, argv, out="torch.png")
+    if cpp:
+        run_cpp(cpp, model, argv, "--out cpp.png")
+    for name in ("python", "page", "cpp")[:2 + bool(cpp)]:
+        assert far(f"{name}.png", "torch.png") <= 1
