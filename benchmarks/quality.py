@@ -2,13 +2,16 @@
 
     python benchmarks/quality.py runs/dcgan-mnist --dataset mnist
     python benchmarks/quality.py runs/acgan-mnist fp32.onnx int8.onnx samples.npz --dataset mnist --json scores.json
+    python benchmarks/quality.py runs/dcgan-mnist --dataset mnist --each           # its numbered checkpoints: which is best?
     python benchmarks/quality.py runs/dcgan-celeba --dataset celeba --inception    # without labels
 
-A small convolutional classifier is trained once on the data set's training images (a fixed seed, a minute or two on two
-cores, kept under --cache), and its 128 penultimate features are compared, samples against test images:
+Two small classifiers of different build are trained once on the data set's training images (a fixed seed, some minutes on
+two cores, kept under --cache), and their 128 penultimate features are compared, samples against test images. What one
+of them misses the other may see: only where both FIDs are lower are pictures better. All else is by the first.
 
-- FID: Frechet distance of the features (Heusel et al. 2017). Its scale is this classifier's: compare within one table,
-  and with the floor, which is the distance of real training images from the test images.
+- FID, FID 2: Frechet distance of the features of each classifier (Heusel et al. 2017). Its scale is the classifier's:
+  compare within one column, and with the floor, which is the distance of real training images from the test images.
+- spread, spread 2: variance of the features within a class, over that of the test images. Below 1: too typical.
 - precision, recall (Kynkaanniemi et al. 2019), density, coverage (Naeem et al. 2020): how much of what is generated is
   like real images, and how much of the real is generated; 5 nearest neighbours.
 - classes: e to the entropy of the classes found, 10.0 for ten equally frequent ones; few mean mode collapse.
@@ -44,7 +47,6 @@ import gan
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
-
 def get_args(argv=None):
     p = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False,
                                 formatter_class=argparse.ArgumentDefaultsHelpFormatter)
@@ -53,7 +55,8 @@ def get_args(argv=None):
     p.add_argument("--data_dir", default="./data", help="where data sets are found")
     p.add_argument("--n_samples", type=int, default=10000, help="pictures of each generator")
     p.add_argument("--seed", type=int, default=0, help="of the latents")
-    p.add_argument("--epochs", type=int, default=6, help="of the classifier")
+    p.add_argument("--epochs", type=int, default=6, help="of the classifiers")
+    p.add_argument("--each", action="store_true", help="all checkpoints of the runs (see --keep_every), and the best")
     p.add_argument("--cache", help="folder that keeps the classifiers (default: cache/ in --data_dir)")
     p.add_argument("--inception", action="store_true",
                    help="also Inception-FID and KID (pip install torch-fidelity, which downloads weights)")
@@ -63,9 +66,7 @@ def get_args(argv=None):
     args.cache = args.cache or Path(args.data_dir, "cache")
     return args
 
-
 # ------------------------------------------------------------------------------------------------------- images
-
 
 def samples_of(source, args):
     """uint8 (n, H, W, C) pictures, and the labels that were asked for (n) or None."""
@@ -94,10 +95,8 @@ def samples_of(source, args):
     images = [script.generate(netG, z[s], labels[s]) for s in progress(parts, source)]
     return np.concatenate(images), inputs.get("labels")
 
-
 def progress(items, what, total=None):
     return tqdm(items, desc=str(what)[-30:], total=total, leave=False, dynamic_ncols=True)
-
 
 def real_images(args, img_size, nc):
     """((images, labels) of training, the same of test, class names); images uint8 (N, H, W, C), labels (N) or None."""
@@ -127,14 +126,14 @@ def real_images(args, img_size, nc):
     pixels = bytearray().join(gan.to_pixels(picture, img_size, nc) for picture in pictures)
     return (images, labels), (np.frombuffer(pixels, np.uint8).reshape(-1, img_size, img_size, nc), test_labels), classes
 
-
 # --------------------------------------------------------------------------------------------------- classifier
-
 
 class Classifier(nn.Module):
     """(N, nc, H, W) in [-1, 1] -> (N, n_classes) logits; features(): (N, 128)."""
 
-    def __init__(self, nc, n_classes):
+    smoothing = 0.05
+
+    def __init__(self, nc, n_classes, img_size):
         super().__init__()
 
         def block(n_in, n_out, stride):
@@ -145,17 +144,25 @@ class Classifier(nn.Module):
                                   nn.ReLU(True))
         self.head = nn.Linear(128, n_classes)
 
-    def features(self, x):
-        return self.body(x)
-
     def forward(self, x):
         return self.head(self.body(x))
 
+class PlainClassifier(Classifier):
+    """The same by LeCun's recipe of 1998: wide kernels, pooling, no BatchNorm; and hard labels, which leave more of what
+    tells pictures of one class apart in the features."""
+
+    smoothing = 0.0
+
+    def __init__(self, nc, n_classes, img_size):
+        nn.Module.__init__(self)
+        self.body = nn.Sequential(nn.Conv2d(nc, 32, 5, padding=2), nn.ReLU(True), nn.MaxPool2d(2),
+                                  nn.Conv2d(32, 64, 5, padding=2), nn.ReLU(True), nn.MaxPool2d(2), nn.Flatten(),
+                                  nn.Linear(64 * (img_size // 4) ** 2, 128), nn.ReLU(True))
+        self.head = nn.Linear(128, n_classes)
 
 def to_float(images):
     """uint8 (n, H, W, C) array -> float (n, C, H, W) in [-1, 1] on the device, channels_last in memory."""
     return torch.from_numpy(images).to(DEVICE).permute(0, 3, 1, 2).float().sub_(127.5).div_(127.5)
-
 
 @torch.no_grad()
 def features_of(net, images):
@@ -163,21 +170,20 @@ def features_of(net, images):
     net.eval()
     features, probabilities = [], []
     for i in range(0, len(images), 500):
-        f = net.features(to_float(np.array(images[i:i + 500])))
+        f = net.body(to_float(np.array(images[i:i + 500])))
         features.append(f.double().cpu())
         probabilities.append(net.head(f).softmax(1).double().cpu())
     return torch.cat(features).numpy(), torch.cat(probabilities).numpy()
 
-
-def trained_classifier(train, test, n_classes, args):
-    """(Classifier, its accuracy on the test images), trained once for these images and kept in --cache."""
+def trained_classifier(kind, train, test, n_classes, args):
+    """(Classifier of this kind, its accuracy on the test images), trained once for these images, kept in --cache."""
     images, labels = train
-    content = hashlib.sha256(repr((images.shape, n_classes, args.epochs, 1)).encode())
+    content = hashlib.sha256(repr((kind.__name__, images.shape, n_classes, args.epochs)).encode())
     for part in (np.ascontiguousarray(images[:: max(1, len(images) // 1000)]), labels):
         content.update(part.tobytes())
     file = Path(args.cache, f"classifier-{content.hexdigest()[:16]}.pt")
     torch.manual_seed(0)
-    net = Classifier(images.shape[3], n_classes).to(DEVICE, memory_format=torch.channels_last)
+    net = kind(images.shape[3], n_classes, images.shape[1]).to(DEVICE, memory_format=torch.channels_last)
     if file.exists():
         net.load_state_dict(torch.load(file, map_location=DEVICE, weights_only=True))
     else:
@@ -185,8 +191,9 @@ def trained_classifier(train, test, n_classes, args):
         steps = max(1, len(images) // size)
         cuda, cpu = DEVICE.type == "cuda", getattr(torch.cpu, "get_capabilities", dict)()
         bf16 = torch.cuda.is_bf16_supported(False) if cuda else cpu.get("avx512_bf16", False)  # as the scripts decide
-        opt = torch.optim.AdamW(net.parameters(), 3e-3, weight_decay=1e-2)
-        schedule = torch.optim.lr_scheduler.OneCycleLR(opt, 3e-3, total_steps=args.epochs * steps)
+        rate = 3e-3 if kind is Classifier else 1e-3
+        opt = torch.optim.AdamW(net.parameters(), rate, weight_decay=1e-2)
+        schedule = torch.optim.lr_scheduler.OneCycleLR(opt, rate, total_steps=args.epochs * steps)
         bar = tqdm(total=args.epochs * steps, desc="classifier", unit="step", dynamic_ncols=True)
         for epoch in range(args.epochs):
             order = np.random.default_rng((0, epoch)).permutation(len(images))[:steps * size]
@@ -196,7 +203,8 @@ def trained_classifier(train, test, n_classes, args):
                 x = F.pad(x, (2, 2, 2, 2), "replicate")[..., y:y + x.shape[2], x0:x0 + x.shape[3]]
                 with torch.autocast(DEVICE.type, torch.bfloat16, enabled=bf16):
                     out = net(x)
-                loss = F.cross_entropy(out.float(), torch.from_numpy(labels[index]).to(DEVICE), label_smoothing=0.05)
+                wanted = torch.from_numpy(labels[index]).to(DEVICE)
+                loss = F.cross_entropy(out.float(), wanted, label_smoothing=kind.smoothing)
                 opt.zero_grad()
                 loss.backward()
                 opt.step()
@@ -209,9 +217,7 @@ def trained_classifier(train, test, n_classes, args):
     _, p = features_of(net, test[0])
     return net, float((p.argmax(1) == test[1]).mean())
 
-
 # ------------------------------------------------------------------------------------------------------- scores
-
 
 def frechet(a, b):
     """Frechet distance of two sets of features (n, d), by torchmetrics in float64."""
@@ -224,13 +230,11 @@ def frechet(a, b):
     fid.update(torch.from_numpy(b), real=False)
     return float(fid.compute())
 
-
 def nearest(a, b, k):
     """(n, k) distances of each of a (n, d) to its k nearest in b (m, d), and which they are."""
     a, b = (torch.from_numpy(x).float().to(DEVICE) for x in (a, b))
     found = [torch.cdist(part, b).topk(k, largest=False) for part in a.split(1000)]
     return torch.cat([f.values for f in found]).cpu().numpy(), torch.cat([f.indices for f in found]).cpu().numpy()
-
 
 def precision_recall(real, fake, k=5):
     """precision, recall (Kynkaanniemi et al. 2019, eq. 1 and 2), density, coverage (Naeem et al. 2020, eq. 3 and 5)."""
@@ -250,7 +254,6 @@ def precision_recall(real, fake, k=5):
     share = [(inside > 0).float(), torch.cat(recalled).float(), inside / k, torch.cat(covered).float()]
     return dict(zip(("precision", "recall", "density", "coverage"), (float(x.mean()) for x in share)))
 
-
 def inception_scores(fake, test):
     """Inception-FID and KID, mean of torchmetrics' subsets."""
     try:
@@ -261,7 +264,7 @@ def inception_scores(fake, test):
         metrics = [FrechetInceptionDistance(normalize=False).to(DEVICE),
                    KernelInceptionDistance(subset_size=size, normalize=False).to(DEVICE)]
     except Exception as e:  # no torch-fidelity, no network, a damaged file: the way out is one
-        raise OSError(f"--inception: Inception's weights cannot be had ({e}); pip install torch-fidelity, and run it "
+        raise OSError(f"--inception: Inception's weights cannot be had ({e}); run it "
                       "once with network: they are downloaded and kept") from e
     for images, real in ((test, True), (fake, False)):
         for i in progress(range(0, len(images), 100), "Inception"):
@@ -270,18 +273,25 @@ def inception_scores(fake, test):
                 metric.update(x.expand(-1, 3, -1, -1), real=real)
     return {"Inception-FID": float(metrics[0].compute()), "KID": float(metrics[1].compute()[0])}
 
-
 def saturation(images):
     """Mean difference between the largest and the smallest channel of uint8 (n, H, W, 3) pixels, 0 to 255."""
     return float(np.mean([np.ptp(part, axis=3).mean() for part in np.array_split(images, max(1, len(images) // 1000))]))
 
+def spread(features, found, test):
+    """Variance of features (n, d) within the classes found (n), over that of the test images' ((m, d), (m))."""
+    own, real = (sum(x[y == c].var(0).sum() * np.mean(y == c) for c in np.unique(y))
+                 for x, y in ((features, found), test))
+    return float(own / real)
 
 def score(images, labels, reference):
-    """The scores of uint8 images (n, H, W, C), asked for as labels (n) or None, from the classifier's features."""
-    features, p = features_of(reference["net"], images)
+    """The scores of uint8 images (n, H, W, C), asked for as labels (n) or None, from the classifiers' features."""
+    (features, p), (features2, p2) = (features_of(net, images) for net in reference["nets"])
+    test, test2 = reference["test"]
     found = p.argmax(1)
     share = np.bincount(found, minlength=p.shape[1]) / len(found)
-    row = {"FID": frechet(reference["test"], features), **precision_recall(reference["test"], features),
+    row = {"FID": frechet(test[0], features), "FID 2": frechet(test2[0], features2),
+           "spread": spread(features, found, test), "spread 2": spread(features2, p2.argmax(1), test2),
+           **precision_recall(test[0], features),
            "classes": math.exp(-sum(s * math.log(s) for s in share if s)), "sure": float((p.max(1) >= 0.8).mean())}
     if labels is not None:
         row["asked"] = float((found == labels).mean())
@@ -290,7 +300,6 @@ def score(images, labels, reference):
     row["copying"] = float(np.median(nearest(features[:2000], reference["train"], 1)[0]) / reference["distance"])
     return row | {"histogram": share.round(4).tolist()}, features
 
-
 def draw_neighbours(images, features, train, reference, path):
     """A picture: ten samples, the first of each row, each with the eight training images that are nearest to it."""
     chosen = np.arange(10)
@@ -298,11 +307,15 @@ def draw_neighbours(images, features, train, reference, path):
     rows = np.concatenate([np.concatenate((images[i:i + 1], train[j])) for i, j in zip(chosen, index)])
     gan.save_grid(path, [rows], 9)
 
-
 def measure(args):
     if args.n_samples < 100:
         raise OSError(f"--n_samples {args.n_samples}: too few to judge; take 100 or more, 10000 to compare")
-    loaded = {source: samples_of(source, args) for source in dict.fromkeys(args.sources)}
+    sources = args.sources
+    if args.each:
+        sources = [str(file) for source in sources for file in sorted(Path(source).glob("checkpoint*.pt"))]
+    loaded = {source: samples_of(source, args) for source in dict.fromkeys(sources)}
+    if not loaded:
+        raise OSError(f"--each: no checkpoint*.pt in {' '.join(args.sources)}")
     shapes = {images.shape[1:] for images, _ in loaded.values()}
     if len(shapes) > 1:
         raise OSError(f"{' '.join(args.sources)}: their pictures have different sizes, {sorted(shapes)}; "
@@ -314,13 +327,17 @@ def measure(args):
     table, facts = {}, {"dataset": args.dataset, "n_samples": args.n_samples, "n_test": len(test[0])}
     if train[1] is not None:
         begin = time.perf_counter()
-        net, accuracy = trained_classifier(train, test, len(classes), args)
+        nets, accuracy = zip(*(trained_classifier(kind, train, test, len(classes), args)
+                               for kind in (Classifier, PlainClassifier)))
         facts |= {"accuracy": accuracy, "classes": classes}
-        print(f"classifier: {accuracy:.2%} of {len(test[0])} test images right ({time.perf_counter() - begin:.0f} s)")
+        right = " and ".join(f"{a:.2%}" for a in accuracy)
+        print(f"classifiers: {right} of {len(test[0])} test images right ({time.perf_counter() - begin:.0f} s)")
         some = np.random.default_rng(1).permutation(len(train[0]))[:args.n_samples]
-        reference = {"net": net, "test": features_of(net, test[0])[0], "train": features_of(net, train[0])[0]}
+        seen = [features_of(net, test[0]) for net in nets]
+        reference = {"nets": nets, "test": [(features, p.argmax(1)) for features, p in seen],
+                     "train": features_of(nets[0], train[0])[0]}
         reference["saturation"] = saturation(test[0]) if nc == 3 else None
-        reference["distance"] = np.median(nearest(reference["test"][:2000], reference["train"], 1)[0])
+        reference["distance"] = np.median(nearest(seen[0][0][:2000], reference["train"], 1)[0])
         table["real training images"], _ = score(train[0][some], train[1][some], reference)
         del table["real training images"]["copying"]  # they are the training images
     for source, (images, labels) in loaded.items():
@@ -334,12 +351,15 @@ def measure(args):
     columns = [k for k in dict.fromkeys(k for row in table.values() for k in row) if k != "histogram"]
     print("| | " + " | ".join(columns) + " |\n|" + "---|" * (len(columns) + 1))
     for source, row in table.items():
-        print(f"| {source} | " + " | ".join(f"{row[k]:.{2 if k in ('FID', 'classes') else 3}f}" if k in row else ""
+        print(f"| {source} | " + " | ".join(f"{row[k]:.{2 if k in ('FID', 'FID 2', 'classes') else 3}f}" if k in row else ""
                                           for k in columns) + " |")
+    if args.each:
+        ranks = {source: [sorted(table[s][k] for s in loaded).index(table[source][k]) for k in ("FID", "FID 2")]
+                 for source in loaded}
+        print(f"best: {min(ranks, key=lambda source: sum(ranks[source]))}")
     if args.json:
         with gan.atomic_write(args.json) as f:
             f.write(json.dumps(facts | {"scores": table}, indent=1).encode())
-
 
 def main():
     """One line for what the user can mend, as in the training scripts."""
@@ -347,7 +367,6 @@ def main():
         measure(get_args())
     except (OSError, MemoryError, KeyboardInterrupt) as e:
         sys.exit(f"quality.py: error: {' '.join(str(e).split()) or type(e).__name__}")
-
 
 if __name__ == "__main__":
     main()

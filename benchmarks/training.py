@@ -48,7 +48,6 @@ sys.path.insert(0, str(ROOT))
 SIZES = {"gan": 28, "dcgan": 64, "acgan": 32}
 STEPS = {"gan": 2000, "dcgan": 60, "acgan": 200}  # some half a minute each
 
-
 def get_args():
     p = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False,
                                 formatter_class=argparse.ArgumentDefaultsHelpFormatter)
@@ -82,7 +81,6 @@ def get_args():
         p.error(f"--dataset {args.dataset}: neither mnist, nor a folder or .zip of images in class folders")
     return args
 
-
 class PeerG(nn.Module):
     """PyTorch-GAN's netG: dense layers for gan; upsampling and 3x3 convolutions for dcgan and acgan. (N, nz) -> images."""
 
@@ -103,7 +101,6 @@ class PeerG(nn.Module):
 
     def forward(self, z, labels=None):
         return self.main(z if labels is None else self.label_emb(labels) * z)
-
 
 class PeerD(nn.Module):
     """PyTorch-GAN's netD: images -> (N) logits, and for acgan (N, 10) of the classes."""
@@ -126,7 +123,6 @@ class PeerD(nn.Module):
         x = self.main(x)
         return self.adv(x).flatten() if self.aux is None else (self.adv(x).flatten(), self.aux(x))
 
-
 def class_folders(path, folder):
     """The folder in which a folder or .zip has one folder for each class; a .zip is extracted to `folder`."""
     path = Path(path)
@@ -139,7 +135,6 @@ def class_folders(path, folder):
         path, below = below[0], list(below[0].iterdir())
     return path
 
-
 def plain_transform(nc, size, grey):
     """PIL image -> (nc, size, size) in [-1, 1]: of square ones the very picture that our scripts train on."""
     from torchvision import transforms
@@ -148,7 +143,6 @@ def plain_transform(nc, size, grey):
     resize = transforms.Resize(size, transforms.InterpolationMode.BICUBIC)
     return transforms.Compose([*channels, resize, transforms.CenterCrop(size), transforms.ToTensor(),
                                transforms.Normalize([0.5] * nc, [0.5] * nc)])
-
 
 def baseline(args):
     """The plain loop. Prints step and time as JSON lines."""
@@ -213,7 +207,6 @@ def baseline(args):
             if not args.train_baseline and step == args.warmup + args.steps:
                 return
 
-
 @torch.no_grad()
 def keep(path, netG, labels, device):
     """10,000 pictures, labels (10000) or None, in a .npz that quality.py reads."""
@@ -222,7 +215,6 @@ def keep(path, netG, labels, device):
     parts = [netG(z[i:i + 100], *([] if labels is None else [labels[i:i + 100]])) for i in range(0, 10000, 100)]
     images = (torch.cat(parts) * 127.5 + 127.5).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
     np.savez(path, images, **({} if labels is None else {"labels": labels.cpu().numpy()}))
-
 
 def memory(pid):
     """Anonymous resident MB of a process and its children: mapped files, such as our cache, do not count."""
@@ -237,7 +229,6 @@ def memory(pid):
         except OSError:  # it has just ended
             continue
     return total / 1000
-
 
 def run(argv, output):
     """(seconds from launch to end, peak MB) of a process, its standard output in a file."""
@@ -254,13 +245,11 @@ def run(argv, output):
             sys.exit(f"{shlex.join(map(str, argv))}:\n{errors.read().decode()[-3000:]}")
     return seconds, peak
 
-
 def images_per_second(log, args):
     """From lines of JSON with step and time."""
     rows = [json.loads(line) for line in Path(log).read_text().splitlines() if line.startswith("{")]
     first, last = next(r for r in rows if r["step"] >= args.warmup), rows[-1]
     return (last["step"] - first["step"]) * args.batch_size / (last["time"] - first["time"])
-
 
 def flop_per_image(script, nc, size, ngf, ndf):
     """Floating-point operations of one training step for one image, counted by PyTorch."""
@@ -281,14 +270,12 @@ def flop_per_image(script, nc, size, ngf, ndf):
         total(netD(fake)).backward()
     return counter.get_total_flops() / n
 
-
 def use_bf16(precision):
     """Whether the scripts autocast to bfloat16, as they decide it."""
     cuda = torch.cuda.is_available()
     cpu = getattr(torch.cpu, "get_capabilities", dict)()
     fast = torch.cuda.is_bf16_supported(False) if cuda else cpu.get("avx512_bf16", False)
     return precision == "bf16" or (precision == "auto" and fast)
-
 
 def convolution_peak(dtype):
     """FLOP/s of a convolution that suits the machine: 3x3, 256 to 256 channels, 32x32, channels_last."""
@@ -308,11 +295,9 @@ def convolution_peak(dtype):
             best = max(best, flop / (time.perf_counter() - begin))
     return best
 
-
 def show(values, digits=0):
     low, middle, high = min(values), float(np.median(values)), max(values)
     return f"{middle:.{digits}f} ({low:.{digits}f} to {high:.{digits}f})"
-
 
 def measure(name, args, folder):
     script, size = importlib.import_module(name), args.img_size or SIZES[name]
@@ -372,14 +357,12 @@ def measure(name, args, folder):
             print(f"\n{row} / {peer}: {show(times, 2)}", flush=True)
     args.steps = None
 
-
 def first_step(name, *argv, folder):
     """Seconds from launch until the first step is done and logged."""
     out = folder / f"{name}-{time.time()}"
     begin = time.time()
     run([sys.executable, ROOT / f"{name}.py", *argv, "--max_steps", 1, "--log_interval", 1, "--out_dir", out], os.devnull)
     return json.loads((out / "log.jsonl").read_text().splitlines()[0])["time"] - begin
-
 
 def startup(args, folder):
     """Programs in turn, so that the machine's moods meet all of them."""
@@ -400,7 +383,6 @@ def startup(args, folder):
     for row, values in rows.items():
         print(f"| {row} | {show(values, 2)} |")
 
-
 def made_up(args, folder):
     """Anonymous memory of training on many 64x64 RGB images, which lie in a zip, next to that on few."""
     print(f"| {args.runs[0]}.py, 64x64 RGB | cache, MB | seconds until the first step | memory, MB |\n|---|---|---|---|")
@@ -419,7 +401,6 @@ def made_up(args, folder):
                        folder / f"{n}-run"], os.devnull)
         cache = max(f.stat().st_size for f in (folder / "data" / "cache").iterdir())
         print(f"| {n} images | {cache / 1e6:.0f} | {seconds:.1f} | {peak:.0f} |", flush=True)
-
 
 def main():
     args = get_args()
@@ -443,7 +424,6 @@ def main():
         else:
             for name in args.runs:
                 measure(name, args, Path(folder))
-
 
 if __name__ == "__main__":
     main()
