@@ -4,6 +4,7 @@
     GAN_ORT_WEB=web taskset -c 0 python benchmarks/browser.py dcgan.onnx dcgan_int8.onnx ...
 """
 
+import argparse
 import os
 import shutil
 import statistics
@@ -35,7 +36,9 @@ def in_python(generator, n=256):
     return n / (time.perf_counter() - begin)
 
 def main():
-    models = sys.argv[1:]
+    p = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    p.add_argument("models", nargs="+", metavar="MODEL.onnx")
+    models = p.parse_args().models
     generators = {model: infer_ort.Generator(model, batch_size=16, provider="cpu", threads=1) for model in models}
     speeds = {model: ([], []) for model in models}
     with tempfile.TemporaryDirectory() as folder:

@@ -102,6 +102,12 @@ def test_walk_dim_sweeps_one_coordinate(script, monkeypatch):
     expected[:, 3] += 0.01 * np.arange(20)
     np.testing.assert_allclose(spy.call_args.args[1], expected, atol=1e-5)
 
+def test_classes_that_are_named_by_other_numbers(folder):
+    (folder / "cat").rename(folder / "1")
+    (folder / "dog").rename(folder / "2")
+    train(acgan, "--max_steps 1 --dataset", folder)
+    assert pictures(acgan, "--n_samples 4")["labels"].tolist() == [0, 1, 0, 1]
+
 def test_acgan_labels(folder):
     """Classes in turn, by number or name; a column of the grid for each."""
     train(acgan, "--max_steps 5 --lr 0.01")

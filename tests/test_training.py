@@ -168,6 +168,12 @@ def test_aux_fake_weighs_the_class_loss_on_fakes():
     assert not torch.equal(paper["aux.weight"], alone["aux.weight"])
     assert torch.equal(without["adv.weight"], paper["adv.weight"])
 
+def test_aux_g_weighs_the_class_in_netG_alone():
+    """The first step of netD does not know it, that of netG does."""
+    light, heavy = (train(acgan, "--max_steps 1 --aux_g", weight, out=f"run{weight}") for weight in (0, 5))
+    assert_same(light["netD"], heavy["netD"])
+    assert not torch.equal(light["netG"]["label_emb.weight"], heavy["netG"]["label_emb.weight"])
+
 @pytest.mark.parametrize(("decay", "expected"), [
     ("none", [1] * 8), ("linear", [1] * 5 + [0.75, 0.5, 0.25]), ("step", [1, 1, 0.5, 0.5, 0.25, 0.25, 0.125, 0.125])])
 def test_lr_decay_runs_over_the_whole_run(script, decay, expected, watch):
