@@ -1,7 +1,8 @@
 """ACGAN: Odena, Olah, Shlens 2017, "Conditional Image Synthesis with Auxiliary Classifier GANs", on DCGAN's nets.
 
-netG makes pictures of a class that it is told; netD learns to tell real pictures from netG's and, with a second head,
-which class a picture shows. Both learn to get the class right: netG by making it recognisable.
+netG makes pictures of a class that it is told; netD tells real pictures from netG's and, with a second head, the class.
+By default that head has classes of its own for fakes, or pictures of a class become much alike: Hou et al. 2022,
+"Conditional GANs with Auxiliary Discriminative Classifier".
 
     python acgan.py                                             # embedded digits, no download
     python acgan.py --dataset celeba --attr Smiling Male        # or mnist, cifar10, class folders in a folder or a .zip
@@ -44,21 +45,21 @@ from tqdm import tqdm
 CONDITIONAL = True  # True where netG is told a class: netG(z, labels)
 RECIPES = {  # --recipe: what flags are by default, on any data; "paper" where its authors chose otherwise
     "default": {
-        "ngf": 64, "ndf": 32, "init": "dcgan", "dropout": 0.0, "ema": 0.999, "img_size": 64,
+        "ngf": 64, "ndf": 32, "init": "dcgan", "dropout": 0.0, "ema": 0.999,
         "gp": "r1", "gp_weight": 0.3, "gp_every": 4, "batch_size": 32, "lr_g": 2e-3, "lr_d": 1e-3, "lr_decay": "linear",
-        "aux_fake": 0.0, "aux_g": 0.1,
+        "aux": "adc", "aux_g": 1.0,
     },
     "paper": {"batch_size": 100, "lr_g": 2e-4, "lr_d": 2e-4, "lr_decay": "none", "dropout": 0.5, "ngf": 96, "ndf": 64,
-              "aux_fake": 1.0, "aux_g": 1.0,  # Odena et al. 2017, appendix A (CIFAR-10's nets) and section 3 (losses)
+              "aux": "acgan",  # Odena et al. 2017, appendix A (CIFAR-10's nets) and section 3 (losses)
               "gp": "none", "ema": 0.0},  # not known in its day
 }
 
 def add_method_flags(add):
-    add("--img_size", type=int, choices=(16, 32, 64, 128, 256), help="height and width ")
+    add("--img_size", type=int, choices=(16, 32, 64, 128, 256), default=64, help="height and width")
     add("--nz", type=positive, default=100, help="size of the latent vector")
     add("--ngf", type=positive, help="width of netG")
     add("--ndf", type=positive, help="width of netD")
-    add("--init", choices=("dcgan", "he", "xavier"), help="dcgan: N(0, 0.02)")
+    add("--init", choices=("dcgan", "he"), help="dcgan: N(0, 0.02)")
     add("--sn", action="store_true", help="spectral norm in netD, in place of its BatchNorm")
     add("--dropout", type=float, help="dropout probability in netD")
     add("--ema", type=float, help="decay of netG's average, which is sampled")
@@ -69,14 +70,12 @@ def add_method_flags(add):
     add("--gp_weight", type=float, help="weight of --gp")
     add("--gp_every", type=positive, help="take --gp in every N-th step, N times as heavy")
     add("--d_steps", type=positive, default=1, help="netD steps, each on new images, per netG step")
-    add("--pretrain_d", type=int, default=0, help="number of first steps in which netD learns alone")
-    add("--aux_fake", type=float, help="weight of fakes in netD's class loss")
+    add("--aux", choices=("adc", "acgan"), help="acgan: the paper's class head; adc: fakes are classes of their own")
     add("--aux_g", type=float, help="weight of the class loss in netG's loss")
-    add("--pretrain_aux", type=int, default=0, help="first epochs, in which netD learns alone, as a classifier only")
     add("--replay", type=float, default=0.0, help="share of netD's fakes that are old ones")
 
 class Generator(nn.Module):
-    """(N, nz) or (N, nz, 1, 1) latents ~ N(0, 1), (N) labels -> (N, nc, img_size, img_size) in [-1, 1]. DCGAN's layers."""
+    """(N, nz) or (N, nz, 1, 1) latents ~ N(0, 1), (N) labels -> (N, nc, img_size, img_size) in [-1, 1]. As DCGAN's."""
 
     def __init__(self, nz=100, ngf=64, nc=3, img_size=64, n_classes=10):
         super().__init__()
@@ -90,8 +89,7 @@ class Generator(nn.Module):
         self.main = nn.Sequential(*layers, nn.ConvTranspose2d(ngf, nc, 4, 2, 1, bias=False), nn.Tanh())  # nc x 64 x 64
 
     def forward(self, z, labels):
-        z = z.flatten(1) * self.label_emb(labels)  # how a class enters, in most implementations
-        return self.main(z[:, :, None, None])
+        return self.main((z.flatten(1) * self.label_emb(labels))[:, :, None, None])  # the class, as most have it
 
 class Discriminator(nn.Module):
     """(N, nc, img_size, img_size) in [-1, 1] -> (N) logits that the image is real, (N, n_classes) of its class."""
@@ -120,14 +118,12 @@ def config_of(state):
             "n_classes": len(state["label_emb.weight"])}
 
 def weights_init(net, init="dcgan"):
-    """dcgan: N(0, 0.02), BatchNorm scales N(1, 0.02) (Radford et al. 2016, section 4); or He's or Xavier's normal."""
+    """dcgan: N(0, 0.02), BatchNorm scales N(1, 0.02) (Radford et al. 2016, section 4); or He's normal."""
     for m in net.modules():
         if isinstance(m, (nn.Conv2d, nn.ConvTranspose2d, nn.Linear)):
             weight = m.parametrizations.weight.original if hasattr(m, "parametrizations") else m.weight
             if init == "dcgan":
                 nn.init.normal_(weight, 0.0, 0.02)
-            elif init == "xavier":
-                nn.init.xavier_normal_(weight)
             else:  # PyTorch swaps fan_in and fan_out of transposed convolutions
                 nn.init.kaiming_normal_(weight, 0.2, "fan_out" if isinstance(m, nn.ConvTranspose2d) else "fan_in")
             if m.bias is not None:
@@ -146,34 +142,36 @@ def g_loss(fake, args):
     """netG's loss from netD's logits (N): non-saturating (Goodfellow et al. 2014, section 3), or hinge."""
     return -fake.mean() if args.loss == "hinge" else F.binary_cross_entropy_with_logits(fake, torch.ones_like(fake))
 
-def gradient_penalty(netD, real, fake, kind):
+def gradient_penalty(netD, real, fake, kind, labels, fakes):
     """r1: half the squared gradient at real (Mescheder et al. 2018); interpolate: norm to 1 (Gulrajani et al. 2017)."""
     x = real if kind == "r1" else torch.lerp(real, fake.float(), torch.rand(len(real), 1, 1, 1, device=real.device))
     x = x.detach().requires_grad_()
-    (grad,) = torch.autograd.grad(netD.forward(x)[0].sum(), x, create_graph=True)  # never compiled, nor in bf16
+    out, class_out = netD.forward(x)  # never compiled, nor in bf16
+    margin = F.cross_entropy(class_out, labels + fakes) - F.cross_entropy(class_out, labels)  # adc: what netG climbs
+    (grad,) = torch.autograd.grad(out.sum() + len(x) * margin, x, create_graph=True)
     squared = grad.square().sum((1, 2, 3))
     return squared.mean() / 2 if kind == "r1" else (squared.add(1e-12).sqrt() - 1).square().mean()
 
 def train(args):
     run = Run(args)
-    netG = Generator(args.nz, args.ngf, args.nc, args.img_size, len(run.classes))
-    netD = Discriminator(args.nc, args.ndf, args.img_size, len(run.classes), args.sn, args.dropout)
+    n = len(run.classes)
+    fakes = n if args.aux == "adc" else 0  # adc: where netD's classes of fakes begin
+    netG = Generator(args.nz, args.ngf, args.nc, args.img_size, n)
+    netD = Discriminator(args.nc, args.ndf, args.img_size, n + fakes, args.sn, args.dropout)
     for net in (netG, netD):
         weights_init(net, args.init)
         net.to(run.device, memory_format=torch.channels_last)
     netG_ema = copy.deepcopy(netG).eval().requires_grad_(False)  # the average of netG's weights, which is sampled
     adam = functools.partial(torch.optim.Adam, betas=(args.beta1, args.beta2), fused=True)
-    optG = (adam if args.optim_g == "adam" else torch.optim.RMSprop)(netG.parameters())
-    optD = (adam if args.optim_d == "adam" else torch.optim.RMSprop)(netD.parameters())
+    optimizer = adam if args.optim == "adam" else torch.optim.RMSprop
+    optG, optD = optimizer(netG.parameters()), optimizer(netD.parameters())
     ddpG, ddpD = run.parallel(netG), run.parallel(netD)  # torchrun: gradients are averaged
     for step, real, labels in run.steps(netG=netG, netD=netD, netG_ema=netG_ema, optG=optG, optD=optD):
-        progress = step / run.total
-        decay = {"none": 1, "linear": min(1, 2 - 2 * progress), "step": 0.5 ** int(4 * progress)}[args.lr_decay]
+        decay = min(1, 2 - 2 * step / run.total) if args.lr_decay == "linear" else 1
         optG.param_groups[0]["lr"], optD.param_groups[0]["lr"] = decay * args.lr_g, decay * args.lr_d
-        classify = run.seen < args.pretrain_aux * run.epoch_size  # netD alone, as a classifier
-        g_step = not classify and step >= args.pretrain_d and (step + 1) % args.d_steps == 0
+        g_step = (step + 1) % args.d_steps == 0
 
-        # D step: tell real from fake, and the classes of both. The fakes are of the real images' classes.
+        # D step: tell real from fake.
         z = torch.randn(len(real), args.nz, device=run.device)
         with run.autocast():
             with torch.set_grad_enabled(g_step):
@@ -181,23 +179,25 @@ def train(args):
             out_real, class_real = (out.float() for out in ddpD(real))
             shown, shown_labels = run.replay(fake.detach(), labels)  # with --replay, old ones among them
             out_fake, class_fake = (out.float() for out in ddpD(shown))
-        loss_d = d_loss(out_real, out_fake, args) + args.aux_fake * F.cross_entropy(class_fake, shown_labels)
-        loss_d = F.cross_entropy(class_real, labels) + loss_d * (not classify)  # 0 times: DDP wants every gradient
+        loss_d = d_loss(out_real, out_fake, args)
+        loss_d += F.cross_entropy(class_real, labels) + F.cross_entropy(class_fake, shown_labels + fakes)
         run.log(**{"loss_d": loss_d, "D(x)": out_real.sigmoid(), "D(G(z))": out_fake.sigmoid()})
-        run.log(acc_real=class_real.argmax(1) == labels, acc_fake=class_fake.argmax(1) == shown_labels)
+        run.log(acc_real=class_real.argmax(1) % n == labels, acc_fake=class_fake.argmax(1) % n == shown_labels)
         if args.gp != "none" and step % args.gp_every == 0:  # costly, and enough now and then: Karras et al. 2020, B
-            loss_d = loss_d + args.gp_every * args.gp_weight * gradient_penalty(netD, real, fake, args.gp)
+            penalty = gradient_penalty(netD, real, fake, args.gp, labels, fakes)
+            loss_d = loss_d + args.gp_every * args.gp_weight * penalty
         optD.zero_grad()
         loss_d.backward()
         optD.step()
         if not g_step:
             continue
 
-        # G step: make the same fakes pass for real and show their class. netD is frozen: no weight gradients.
+        # G step: make the same fakes pass for real. netD is frozen: its weight gradients are not needed.
         netD.requires_grad_(False)
         with run.autocast():
             out, class_out = (out.float() for out in netD(fake))
-        loss_g = g_loss(out, args) + args.aux_g * F.cross_entropy(class_out, labels)
+        class_loss = F.cross_entropy(class_out, labels) - (F.cross_entropy(class_out, labels + fakes) if fakes else 0)
+        loss_g = g_loss(out, args) + args.aux_g * class_loss
         optG.zero_grad()
         loss_g.backward()
         optG.step()
@@ -245,9 +245,8 @@ def get_args(argv=None):
     add("--lr", type=float, help="learning rate of both nets, in place of --lr_g and --lr_d")
     add("--lr_g", type=float, help="learning rate of netG")
     add("--lr_d", type=float, help="learning rate of netD")
-    add("--lr_decay", choices=("none", "linear", "step"), help="to 0 in the second half, or halved each quarter")
-    add("--optim_g", choices=("adam", "rmsprop"), default="adam", help="optimizer of netG")
-    add("--optim_d", choices=("adam", "rmsprop"), default="adam", help="optimizer of netD")
+    add("--lr_decay", choices=("none", "linear"), help="linear: to 0 in the second half of the run")
+    add("--optim", choices=("adam", "rmsprop"), default="adam", help="optimizer of both nets")
     add("--beta1", type=float, default=0.5, help="Adam's first-moment decay")
     add("--beta2", type=float, default=0.999, help="Adam's second-moment decay")
     add = p.add_argument_group("run").add_argument
@@ -271,7 +270,7 @@ def get_args(argv=None):
         add("--labels", help="classes in turn, by number or name: 0,3,7 or cat,dog (all)")
         add("--attr", nargs="+", metavar="NAME", help="classes of celeba: each combination of these attributes")
     typed, _ = p.parse_known_args(argv)  # a first time, to see which defaults the second time has
-    p.set_defaults(**RECIPES["default"] | RECIPES[typed.recipe] | DATASETS.get(typed.dataset, {}))
+    p.set_defaults(**DATASETS.get(typed.dataset, {}) | RECIPES["default"] | RECIPES[typed.recipe])
     if typed.resume is not None:
         typed.resume = last_checkpoint(typed.resume or typed.out_dir or f"runs/{SCRIPT}-*")
         p.set_defaults(**load_checkpoint(typed.resume, [SCRIPT])["args"])
@@ -283,7 +282,7 @@ def get_args(argv=None):
     p.add_argument("-h", "--help", action="help", help="print this, for the --dataset that is given")
     for action in p._actions:
         if action.default not in (None, argparse.SUPPRESS) and action.default is not False:
-            action.help += " (%(default)s)"
+            action.help = f"{action.help or ''} (%(default)s)"
     return argparse.Namespace(**vars(p.parse_args(argv)) | {"resume": typed.resume})
 
 @contextlib.contextmanager
@@ -683,7 +682,7 @@ class Run:
             self.write_log()  # which checks the weights
         netG = self.state["netG_ema"]
         for layer in netG.modules():
-            if isinstance(layer, nn.BatchNorm2d):
+            if isinstance(layer, (nn.BatchNorm1d, nn.BatchNorm2d)):
                 layer.reset_running_stats()
                 layer.momentum = None  # the mean over batches
         generate(netG.train(), *self.bn_inputs)

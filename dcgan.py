@@ -44,7 +44,7 @@ from tqdm import tqdm
 CONDITIONAL = False  # True where netG is told a class: netG(z, labels)
 RECIPES = {  # --recipe: what flags are by default, on any data; "paper" where its authors chose otherwise
     "default": {
-        "ngf": 64, "ndf": 32, "init": "dcgan", "dropout": 0.0, "ema": 0.999, "img_size": 64,
+        "ngf": 64, "ndf": 32, "init": "dcgan", "dropout": 0.0, "ema": 0.999,
         "gp": "r1", "gp_weight": 0.3, "gp_every": 4, "batch_size": 32, "lr_g": 2e-3, "lr_d": 1e-3, "lr_decay": "linear",
     },
     "paper": {"batch_size": 128, "lr_g": 2e-4, "lr_d": 2e-4, "lr_decay": "none",  # Radford et al. 2016, section 4
@@ -53,11 +53,11 @@ RECIPES = {  # --recipe: what flags are by default, on any data; "paper" where i
 }
 
 def add_method_flags(add):
-    add("--img_size", type=int, choices=(16, 32, 64, 128, 256), help="height and width ")
+    add("--img_size", type=int, choices=(16, 32, 64, 128, 256), default=64, help="height and width")
     add("--nz", type=positive, default=100, help="size of the latent vector")
     add("--ngf", type=positive, help="width of netG")
     add("--ndf", type=positive, help="width of netD")
-    add("--init", choices=("dcgan", "he", "xavier"), help="dcgan: N(0, 0.02)")
+    add("--init", choices=("dcgan", "he"), help="dcgan: N(0, 0.02)")
     add("--sn", action="store_true", help="spectral norm in netD, in place of its BatchNorm")
     add("--dropout", type=float, help="dropout probability in netD")
     add("--ema", type=float, help="decay of netG's average, which is sampled")
@@ -68,7 +68,6 @@ def add_method_flags(add):
     add("--gp_weight", type=float, help="weight of --gp")
     add("--gp_every", type=positive, help="take --gp in every N-th step, N times as heavy")
     add("--d_steps", type=positive, default=1, help="netD steps, each on new images, per netG step")
-    add("--pretrain_d", type=int, default=0, help="number of first steps in which netD learns alone")
     add("--replay", type=float, default=0.0, help="share of netD's fakes that are old ones")
 
 class Generator(nn.Module):
@@ -114,14 +113,12 @@ def config_of(state):
     return {"nz": len(convs[0]), "ngf": len(convs[-1]), "nc": convs[-1].shape[1], "img_size": 2 ** (len(convs) + 1)}
 
 def weights_init(net, init="dcgan"):
-    """dcgan: N(0, 0.02), BatchNorm scales N(1, 0.02) (Radford et al. 2016, section 4); or He's or Xavier's normal."""
+    """dcgan: N(0, 0.02), BatchNorm scales N(1, 0.02) (Radford et al. 2016, section 4); or He's normal."""
     for m in net.modules():
         if isinstance(m, (nn.Conv2d, nn.ConvTranspose2d, nn.Linear)):
             weight = m.parametrizations.weight.original if hasattr(m, "parametrizations") else m.weight
             if init == "dcgan":
                 nn.init.normal_(weight, 0.0, 0.02)
-            elif init == "xavier":
-                nn.init.xavier_normal_(weight)
             else:  # PyTorch swaps fan_in and fan_out of transposed convolutions
                 nn.init.kaiming_normal_(weight, 0.2, "fan_out" if isinstance(m, nn.ConvTranspose2d) else "fan_in")
             if m.bias is not None:
@@ -157,14 +154,13 @@ def train(args):
         net.to(run.device, memory_format=torch.channels_last)
     netG_ema = copy.deepcopy(netG).eval().requires_grad_(False)  # the average of netG's weights, which is sampled
     adam = functools.partial(torch.optim.Adam, betas=(args.beta1, args.beta2), fused=True)
-    optG = (adam if args.optim_g == "adam" else torch.optim.RMSprop)(netG.parameters())
-    optD = (adam if args.optim_d == "adam" else torch.optim.RMSprop)(netD.parameters())
+    optimizer = adam if args.optim == "adam" else torch.optim.RMSprop
+    optG, optD = optimizer(netG.parameters()), optimizer(netD.parameters())
     ddpG, ddpD = run.parallel(netG), run.parallel(netD)  # torchrun: gradients are averaged
     for step, real, _ in run.steps(netG=netG, netD=netD, netG_ema=netG_ema, optG=optG, optD=optD):
-        progress = step / run.total
-        decay = {"none": 1, "linear": min(1, 2 - 2 * progress), "step": 0.5 ** int(4 * progress)}[args.lr_decay]
+        decay = min(1, 2 - 2 * step / run.total) if args.lr_decay == "linear" else 1
         optG.param_groups[0]["lr"], optD.param_groups[0]["lr"] = decay * args.lr_g, decay * args.lr_d
-        g_step = step >= args.pretrain_d and (step + 1) % args.d_steps == 0
+        g_step = (step + 1) % args.d_steps == 0
 
         # D step: tell real from fake.
         z = torch.randn(len(real), args.nz, device=run.device)
@@ -177,7 +173,8 @@ def train(args):
         loss_d = d_loss(out_real, out_fake, args)
         run.log(**{"loss_d": loss_d, "D(x)": out_real.sigmoid(), "D(G(z))": out_fake.sigmoid()})
         if args.gp != "none" and step % args.gp_every == 0:  # costly, and enough now and then: Karras et al. 2020, B
-            loss_d = loss_d + args.gp_every * args.gp_weight * gradient_penalty(netD, real, fake, args.gp)
+            penalty = gradient_penalty(netD, real, fake, args.gp)
+            loss_d = loss_d + args.gp_every * args.gp_weight * penalty
         optD.zero_grad()
         loss_d.backward()
         optD.step()
@@ -236,9 +233,8 @@ def get_args(argv=None):
     add("--lr", type=float, help="learning rate of both nets, in place of --lr_g and --lr_d")
     add("--lr_g", type=float, help="learning rate of netG")
     add("--lr_d", type=float, help="learning rate of netD")
-    add("--lr_decay", choices=("none", "linear", "step"), help="to 0 in the second half, or halved each quarter")
-    add("--optim_g", choices=("adam", "rmsprop"), default="adam", help="optimizer of netG")
-    add("--optim_d", choices=("adam", "rmsprop"), default="adam", help="optimizer of netD")
+    add("--lr_decay", choices=("none", "linear"), help="linear: to 0 in the second half of the run")
+    add("--optim", choices=("adam", "rmsprop"), default="adam", help="optimizer of both nets")
     add("--beta1", type=float, default=0.5, help="Adam's first-moment decay")
     add("--beta2", type=float, default=0.999, help="Adam's second-moment decay")
     add = p.add_argument_group("run").add_argument
@@ -262,7 +258,7 @@ def get_args(argv=None):
         add("--labels", help="classes in turn, by number or name: 0,3,7 or cat,dog (all)")
         add("--attr", nargs="+", metavar="NAME", help="classes of celeba: each combination of these attributes")
     typed, _ = p.parse_known_args(argv)  # a first time, to see which defaults the second time has
-    p.set_defaults(**RECIPES["default"] | RECIPES[typed.recipe] | DATASETS.get(typed.dataset, {}))
+    p.set_defaults(**DATASETS.get(typed.dataset, {}) | RECIPES["default"] | RECIPES[typed.recipe])
     if typed.resume is not None:
         typed.resume = last_checkpoint(typed.resume or typed.out_dir or f"runs/{SCRIPT}-*")
         p.set_defaults(**load_checkpoint(typed.resume, [SCRIPT])["args"])
@@ -274,7 +270,7 @@ def get_args(argv=None):
     p.add_argument("-h", "--help", action="help", help="print this, for the --dataset that is given")
     for action in p._actions:
         if action.default not in (None, argparse.SUPPRESS) and action.default is not False:
-            action.help += " (%(default)s)"
+            action.help = f"{action.help or ''} (%(default)s)"
     return argparse.Namespace(**vars(p.parse_args(argv)) | {"resume": typed.resume})
 
 @contextlib.contextmanager
@@ -674,7 +670,7 @@ class Run:
             self.write_log()  # which checks the weights
         netG = self.state["netG_ema"]
         for layer in netG.modules():
-            if isinstance(layer, nn.BatchNorm2d):
+            if isinstance(layer, (nn.BatchNorm1d, nn.BatchNorm2d)):
                 layer.reset_running_stats()
                 layer.momentum = None  # the mean over batches
         generate(netG.train(), *self.bn_inputs)

@@ -32,7 +32,7 @@ import onnxruntime as ort
 import torch
 from onnx import TensorProto, helper, numpy_helper
 from torch import nn
-from torch.nn.utils.fusion import fuse_conv_bn_eval
+from torch.nn.utils.fusion import fuse_conv_bn_eval, fuse_linear_bn_eval
 
 import acgan
 import dcgan
@@ -75,13 +75,15 @@ def load(path):
     return script, *script.load_generator(path), run
 
 def fold_batchnorm(net):
-    """Each BatchNorm becomes part of the transposed convolution before it: the same function in fewer operations."""
+    """Each BatchNorm becomes part of the layer before it: the same function in fewer operations."""
     for parent in list(net.modules()):
         names = list(parent._modules)
         for a, b in itertools.pairwise(names):
             conv, bn = parent._modules[a], parent._modules[b]
             if isinstance(conv, nn.ConvTranspose2d) and isinstance(bn, nn.BatchNorm2d):
                 parent._modules[a], parent._modules[b] = fuse_conv_bn_eval(conv, bn, transpose=True), nn.Identity()
+            elif isinstance(conv, nn.Linear) and isinstance(bn, nn.BatchNorm1d):
+                parent._modules[a], parent._modules[b] = fuse_linear_bn_eval(conv, bn), nn.Identity()
     return net
 
 class Exported(nn.Module):

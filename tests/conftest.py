@@ -24,6 +24,8 @@ from PIL import Image
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 SCRIPTS = ("gan", "dcgan", "acgan")
+LINUX = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+POSIX = pytest.mark.skipif(sys.platform == "win32", reason="needs signals between processes")
 
 def words(*argv):
     """A command line as a list: an argument may be several, with spaces between."""
@@ -109,6 +111,8 @@ def error_of(capfd, call, *args):
 @functools.lru_cache
 def forkserver():
     """A clean process that forks for each start: pytest's own has threads, whose locks a fork would inherit."""
+    if sys.platform == "win32":
+        pytest.skip("Windows cannot fork")
     os.environ["PYTHONPATH"] = os.pathsep.join(map(str, (ROOT, ROOT / "tests")))
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([*SCRIPTS, "conftest", "torchvision.utils", "torch._dynamo"])

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import command, error_of, words
+from conftest import LINUX, command, error_of, words
 from PIL import Image
 from test_export import model_of, run_of, typed
 from torchvision import datasets
@@ -28,6 +28,7 @@ def rows(capsys, program, *argv):
 def first_number(cell):
     return float(cell.split()[0])
 
+@LINUX
 def test_training(capsys, folder):
     argv = [*words("--runs gan --steps 10 --warmup 10 --rounds 1 --dataset", folder), *SMALL]
     table = rows(capsys, training, *argv, "--variants", "--precision auto")
@@ -74,6 +75,7 @@ def test_memory_and_startup(capsys, data_dir):
     assert len(table) == 2 + 5 + 2
     assert all(first_number(row[1]) > 0 for row in table[2:])
 
+@LINUX
 def test_inference(capsys, cpp):
     argv = words("--rounds 1 --seconds 0.01 --n_samples 5", *["--cpp", cpp] * bool(cpp))
     table = rows(capsys, inference, run_of("dcgan"), *argv)

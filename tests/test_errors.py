@@ -20,7 +20,7 @@ import gan
 @pytest.mark.parametrize("flags", [
     *(f"--dataset {name}" for name in ("mnits", "no/such/path", "empty", "text.zip", "hollow.zip", "cut.zip", "broken")),
     "--img_size 48", "--batch_size 65", "--batch_size 0", "--lr fast", "--epocs 3", "--device gpu", "--device cuda",
-    "--out_dir file.txt", "--out_dir /proc/run", "--data_dir /proc/data", "--resume", "--resume missing.pt",
+    "--out_dir file.txt", "--out_dir file.txt/run", "--data_dir file.txt", "--resume", "--resume missing.pt",
     "--sample missing.pt", "--sample empty"])
 def test_mistake(flags, capfd):
     if "cuda" in flags and torch.cuda.is_available():
@@ -46,8 +46,8 @@ def test_acgan_needs_classes(folder, capfd):
     assert "--attr Smiling" in error_of(capfd, main, acgan, *TINY, "--dataset celeba --attr Smiling")
 
 @pytest.mark.parametrize(("flags", "named"), [
-    ("--out x.jpg", "--out x.jpg"), ("--out file.txt/x.png", "file.txt"), ("--out /proc/x.npz", "/proc"),
-    ("--out /proc/x", "/proc"), ("--walk_dim 8", "--walk_dim 8"), ("--labels 3,bird", "--labels 3,bird")])
+    ("--out x.jpg", "--out x.jpg"), ("--out file.txt/x.png", "file.txt"), ("--out file.txt/x.npz", "file.txt"),
+    ("--out file.txt/x", "file.txt"), ("--walk_dim 8", "--walk_dim 8"), ("--labels 3,bird", "--labels 3,bird")])
 def test_mistake_in_sampling(flags, named, capfd):
     train(acgan, "--max_steps 1")
     Path("file.txt").touch()

@@ -14,7 +14,7 @@ import onnx
 import onnxruntime
 import pytest
 import torch_fidelity
-from conftest import ROOT, cmake, error_of, train, words
+from conftest import POSIX, ROOT, cmake, error_of, train, words
 from onnx import TensorProto, helper, numpy_helper
 from onnxruntime.tools.onnx_model_utils import make_dim_param_fixed
 from PIL import Image, ImageSequence
@@ -294,7 +294,7 @@ def test_files_that_are_no_generators(capfd, cpp):
 
 def test_flags_that_do_not_fit(capfd, cpp):
     Path("file").touch()
-    lines = ["--labels 1", "--out file/x.png", "--out file/x.npy", "--out file/", "--out /proc/x.npz", "--out x.bmp",
+    lines = ["--labels 1", "--out file/x.png", "--out file/x.npy", "--out file/", "--out file/x.npz", "--out x.bmp",
              "--n_samples 0", "--seed -1", "--batch_size x", "--unknown"]
     if onnxruntime.get_device() == "CPU" or not infer_ort.gpu_count():
         lines.append("--provider cuda")
@@ -378,6 +378,7 @@ def test_a_failed_search_for_onnx_runtime_says_what_to_get(need_cpp):
     assert done.returncode != 0
     assert ["-DORT_ROOT=" in line for line in done.stderr.splitlines() if "ONNX Runtime" in line] == [True]
 
+@POSIX
 @pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
 def test_an_interrupted_program_leaves_nothing_half_written(cpp, signum):
     for program, out in (([sys.executable, ROOT / "infer_ort.py"], "python.npz"), ([cpp], "cpp.npy"))[:1 + bool(cpp)]:

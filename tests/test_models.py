@@ -46,8 +46,7 @@ def test_weights_init(script):
     torch.manual_seed(0)
     netD = script.Discriminator(1, 64, 16)
     weight = max(netD.parameters(), key=torch.Tensor.numel)
-    fans = weight[0].numel(), weight[:, :1].numel()
-    for kind, std in (("dcgan", 0.02), ("he", (2 / 1.04 / fans[0]) ** 0.5), ("xavier", (2 / sum(fans)) ** 0.5)):
+    for kind, std in (("dcgan", 0.02), ("he", (2 / 1.04 / weight[0].numel()) ** 0.5)):
         script.weights_init(netD, kind)
         assert weight.std().item() == pytest.approx(std, rel=0.05)
     if script is not gan:  # BatchNorm's scales; and he must not drive netG's Tanh into saturation
@@ -78,14 +77,18 @@ def test_gradient_penalties_of_a_linear_critic(script):
     class critic:
         def forward(x):
             out = (x * w).sum((1, 2, 3))
-            return (out, None) if script is acgan else out
+            return (out, torch.stack((out, torch.zeros(3)), 1)) if script is acgan else out
 
+    labels = torch.zeros(3, dtype=torch.long)
+    extra = (labels, 0) if script is acgan else ()
     real, fake = torch.randn(3, 1, 4, 4), torch.randn(3, 1, 4, 4)
-    r1 = script.gradient_penalty(critic, real, fake, "r1")
+    r1 = script.gradient_penalty(critic, real, fake, "r1", *extra)
     assert r1.item() == pytest.approx(2)
-    assert script.gradient_penalty(critic, real, fake, "interpolate").item() == pytest.approx(1)
+    assert script.gradient_penalty(critic, real, fake, "interpolate", *extra).item() == pytest.approx(1)
     r1.backward()
     torch.testing.assert_close(w.grad, w.detach())
+    if script is acgan:  # the margin of adc, class 0 over class 0 of fakes, is as steep: twice the gradient
+        assert script.gradient_penalty(critic, real, fake, "r1", labels, 1).item() == pytest.approx(8)
 
 def test_to_uint8():
     """The one conversion, the same in every runtime: x * 127.5 + 128, cut off."""
