@@ -21,7 +21,6 @@ from test_browser import served
 
 import infer_ort
 
-
 def in_browser(page, name, seed, n=256):
     """The page's own figure for n pictures of the seed, in chunks of 16: session.run alone."""
     page.open(name, seed, n)

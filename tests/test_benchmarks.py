@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import LINUX, command, error_of, words
+from conftest import LINUX, error_of, words
 from PIL import Image
 from test_export import model_of, run_of, typed
 from torchvision import datasets
@@ -35,16 +35,6 @@ def test_training(capsys, folder):
     assert [row[0] for row in table[2:]] == ["gan.py --precision auto", "plain baseline"]
     assert all(first_number(row[1]) > 0 and first_number(row[3]) > 0 and float(row[4]) > 10 for row in table[2:])
     assert first_number(table[2][2]) > 0
-
-@pytest.mark.slow
-def test_training_on_a_zip_beside_everything(capsys, folder):
-    shutil.make_archive("images", "zip", folder.parent, folder.name)  # class folders below another
-    argv = words("--runs acgan --steps 10 --warmup 10 --rounds 1 --dataset images.zip --pytorch_gan --in_memory")
-    table = rows(capsys, training, *argv, *SMALL, "--variants", "--precision auto --ndf 2")
-    names = ["acgan.py --precision auto --ndf 2", "plain baseline", "plain baseline, data in memory",
-             "PyTorch-GAN's nets and loop"]
-    assert [row[0] for row in table[2:]] == names
-    assert all(first_number(row[1]) > 0 for row in table[2:])
 
 @pytest.mark.parametrize("argv", ["--runs gan --seconds 1", "--runs acgan --steps 3 --seed 1"])
 def test_pictures_of_the_baseline(folder, argv):
@@ -158,10 +148,3 @@ def test_quality_refuses(capfd):
         said = error_of(capfd, typed, quality, *words("--dataset digits", argv))  # the last one counts
         assert argv.split()[-1] in said
     assert sorted(os.listdir(".")) == before
-
-@pytest.mark.parametrize(("name", "argv"), [("training", "--dataset nowhere"), ("quality", "none.npz --dataset digits"),
-                                            ("inference", "none.pt")])
-def test_the_commands(name, argv):
-    done = command(f"benchmarks/{name}", argv)
-    assert done.returncode > 0
-    assert argv.split()[-1 if name == "training" else 0] in done.stderr

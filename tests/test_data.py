@@ -17,7 +17,6 @@ from PIL import Image
 import acgan
 import dcgan
 
-
 def load(*argv, module=dcgan):
     return module.load_data(module.get_args(words("--dataset", *argv)), quiet=True)
 

@@ -16,7 +16,6 @@ import acgan
 import dcgan
 import gan
 
-
 @pytest.mark.parametrize("flags", [
     *(f"--dataset {name}" for name in ("mnits", "no/such/path", "empty", "text.zip", "hollow.zip", "cut.zip", "broken")),
     "--img_size 48", "--batch_size 65", "--batch_size 0", "--lr fast", "--epocs 3", "--device gpu", "--device cuda",

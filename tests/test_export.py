@@ -77,8 +77,7 @@ def assert_pytorchs_pictures(path, checkpoint, flags="", sizes=(1, 5, 33)):
 
 @pytest.mark.parametrize("flags", LEAST_PSNR)
 def test_every_script_and_precision_gives_pytorchs_pictures(script, flags):
-    path = model_of(script.SCRIPT, flags)
-    assert_pytorchs_pictures(path, run_of(script.SCRIPT), flags)
+    assert_pytorchs_pictures(path := model_of(script.SCRIPT, flags), run_of(script.SCRIPT), flags)
     model = onnx.load(path)
     graph, ops = model.graph, [node.op_type for node in model.graph.node]
     assert (model.ir_version, model.opset_import[0].version) == (8, 17)  # ONNX Runtime 1.15 loads these

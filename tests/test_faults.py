@@ -20,14 +20,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import TINY, assert_same, command, ended, forked, main, picture, train
+from conftest import POSIX, TINY, assert_same, command, ended, forked, main, picture, train
 from PIL import Image
 
 import acgan
 import dcgan
 import gan
 
-pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="signals and limits of POSIX")
+pytestmark = POSIX
 slow = pytest.mark.slow
 
 def said(file=Path("said.txt")):

@@ -23,7 +23,6 @@ from test_export import KEPT, LEAST_PSNR, exported, model_of, run_of, typed
 import acgan
 import infer_ort
 
-
 def infer(model, *argv, out="x.npz"):
     """infer_ort.py in this process; the arrays if it wrote an .npz."""
     out = ["--out", out] if out else []
@@ -130,8 +129,7 @@ def test_processes_share_the_range(names, monkeypatch):
             monkeypatch.setenv(name, str(value))
         infer(model_of("dcgan"), argv, out="part.npz")
         infer(model_of("dcgan"), argv, out="folder/")
-    parts = sorted(f for f in os.listdir(".") if f.startswith("part"))
-    assert parts == [f"part_{a:09d}-{b:09d}.npz" for a, b in ((5, 10), (11, 17), (18, 24))]
+    assert (parts := sorted(f for f in os.listdir(".") if f.startswith("part"))) == [f"part_{a:09d}-{b:09d}.npz" for a, b in ((5, 10), (11, 17), (18, 24))]
     np.testing.assert_array_equal(np.concatenate([arrays(f)["arr_0"] for f in parts]), whole)
     assert sorted(os.listdir("folder")) == [f"{i:06d}.png" for i in range(5, 25)]
     np.testing.assert_array_equal(np.asarray(Image.open("folder/000024.png")), whole[19])

@@ -16,7 +16,6 @@ import acgan
 import dcgan
 import gan
 
-
 def philox4x64(counter, key):
     """Philox4x64-10 (Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3"), in plain integers."""
     mask = 2**64 - 1

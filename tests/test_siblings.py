@@ -7,7 +7,6 @@ import subprocess
 import pytest
 from conftest import ROOT, SCRIPTS, words
 
-
 def test_the_plumbing_is_the_same_bytes():
     below = [(ROOT / f"{name}.py").read_text().split("PLUMBING")[1:] for name in SCRIPTS]
     assert len(below[0]) == 1

@@ -19,12 +19,8 @@ import acgan
 import dcgan
 import gan
 
-
 def rows(out="run"):
     return [json.loads(line) for line in Path(out, "log.jsonl").read_text().splitlines()]
-
-def steps_of(optimizer):
-    return {int(state["step"]) for state in optimizer["state"].values()}
 
 def stopped(script, step, *argv, out="run"):
     """A tiny run that a SIGTERM stops after so many steps, and its checkpoint."""
@@ -144,7 +140,7 @@ def test_the_average_has_statistics_of_its_own(script):
 
 def test_d_steps_hold_netG_still(script):
     ckpt = train(script, "--max_steps 6 --d_steps 3")
-    assert (steps_of(ckpt["optG"]), steps_of(ckpt["optD"])) == ({2}, {6})
+    assert [{int(w["step"]) for w in ckpt[opt]["state"].values()} for opt in ("optG", "optD")] == [{2}, {6}]
     assert ["loss_g" in row for row in rows()] == [False, False, True] * 2
 
 def test_aux_g_weighs_the_class_in_netG_alone():
