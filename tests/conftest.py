@@ -12,8 +12,7 @@ import traceback
 from pathlib import Path
 from unittest import mock
 
-# One thread for these tiny nets: faster, and on a busy machine several threads wait for each other more than they work.
-# Before torch, which reads it once: bit for bit holds between equal numbers of threads.
+# One thread, before torch reads it: faster for tiny nets, and bits are equal between equal numbers of threads only.
 os.environ["OMP_NUM_THREADS"] = "1"
 
 import numpy as np

@@ -129,7 +129,8 @@ def test_processes_share_the_range(names, monkeypatch):
             monkeypatch.setenv(name, str(value))
         infer(model_of("dcgan"), argv, out="part.npz")
         infer(model_of("dcgan"), argv, out="folder/")
-    assert (parts := sorted(f for f in os.listdir(".") if f.startswith("part"))) == [f"part_{a:09d}-{b:09d}.npz" for a, b in ((5, 10), (11, 17), (18, 24))]
+    parts = sorted(f for f in os.listdir(".") if f.startswith("part"))
+    assert parts == [f"part_{a:09d}-{b:09d}.npz" for a, b in ((5, 10), (11, 17), (18, 24))]
     np.testing.assert_array_equal(np.concatenate([arrays(f)["arr_0"] for f in parts]), whole)
     assert sorted(os.listdir("folder")) == [f"{i:06d}.png" for i in range(5, 25)]
     np.testing.assert_array_equal(np.asarray(Image.open("folder/000024.png")), whole[19])
