@@ -45,7 +45,7 @@ CONDITIONAL = False  # True where netG is told a class: netG(z, labels)
 RECIPES = {  # --recipe: what flags are by default, on any data; "paper" where its authors chose otherwise
     "default": {
         "ngf": 64, "ndf": 32, "init": "dcgan", "dropout": 0.0, "ema": 0.999,
-        "gp": "r1", "gp_weight": 0.3, "gp_every": 4, "batch_size": 32, "lr_g": 2e-3, "lr_d": 1e-3, "lr_decay": "linear",
+        "gp": "r1", "gp_weight": 0.2, "gp_every": 4, "batch_size": 32, "lr_g": 2e-3, "lr_d": 1e-3, "lr_decay": "linear",
     },
     "paper": {"batch_size": 128, "lr_g": 2e-4, "lr_d": 2e-4, "lr_decay": "none",  # Radford et al. 2016, section 4
               "ngf": 128, "ndf": 128,  # figure 1 (netG); the authors' code (netD)
