@@ -1,8 +1,7 @@
 """ACGAN: Odena, Olah, Shlens 2017, "Conditional Image Synthesis with Auxiliary Classifier GANs", on DCGAN's nets.
 
-netG makes pictures of a class that it is told; netD tells real pictures from netG's and, with a second head, the class.
-By default that head has classes of its own for fakes, or pictures of a class become much alike: Hou et al. 2022,
-"Conditional GANs with Auxiliary Discriminative Classifier".
+netG makes pictures of a class that it is told; netD tells real from fake and, with a second head, the class. That head
+has classes of its own for fakes (Hou et al. 2022, "Auxiliary Discriminative Classifier"), or pictures become alike.
 
     python acgan.py                                             # embedded digits, no download
     python acgan.py --dataset celeba --attr Smiling Male        # or mnist, cifar10, class folders in a folder or a .zip
