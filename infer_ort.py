@@ -56,7 +56,7 @@ def get_args(argv=None):
     add("--labels", help="classes in turn, by number or name: 0,3,7 or cat,dog (all)")
     add("--out", metavar="FILE.png|FILE.npz|FILE.gif|FOLDER/",
         help="a grid, an array, an animation, or numbered PNG files, as FID tools want them (a grid beside the model)")
-    add("--interpolate", type=within(2, many), nargs="?", const=60, metavar="FRAMES", help="GIF of a walk in latents (60)")
+    add("--interpolate", type=within(2, many), nargs="?", const=60, metavar="FRAMES", help="GIF of a walk (60)")
     add("--walk_dim", type=within(0, many), metavar="D", help="sweep coordinate D of one latent, 0.01 a picture")
     add("--provider", choices=("auto", "cpu", "cuda", "tensorrt"), default="auto", help="what computes (auto)")
     add("--device_id", type=within(0, many), help="GPU (by the process's local rank)")
@@ -69,7 +69,8 @@ def get_args(argv=None):
     args.out = args.out or f"{Path(args.model).with_suffix('')}_{name}"
     args.suffix = "" if args.out.endswith(("/", os.sep)) else Path(args.out).suffix
     if args.suffix not in ((".gif",) if args.interpolate else (".png", ".npz", "")):
-        p.error(f"--out {args.out}: give {'a .gif' if args.interpolate else 'a .png, an .npz, a folder/ or, with --interpolate, a .gif'}")
+        other = "a .gif" if args.interpolate else "a .png, an .npz, a folder/ or, with --interpolate, a .gif"
+        p.error(f"--out {args.out}: give {other}")
     return args
 
 def process():
