@@ -8,7 +8,7 @@ to tell real pictures from netG's, netG learns to make pictures that netD takes 
     python dcgan.py --resume                                    # go on where the newest run stopped, bit for bit on CPU
     python dcgan.py --sample runs/dcgan-digits                  # a grid of new pictures
     torchrun --nproc_per_node 2 dcgan.py --dataset cifar10      # one process per GPU (or CPU socket)
-MNIST by default in 374 s on one core of an AMD EPYC: FID 5.5, real images 0.4 (benchmarks/RESULTS.md).
+MNIST by default in 405 s on one core of an AMD EPYC: FID 5.8, real images 0.4 (benchmarks/RESULTS.md).
 """
 
 import argparse
