@@ -52,7 +52,7 @@ RECIPES = {  # --recipe: what flags are by default, on any data; "paper" where i
 }
 
 def add_method_flags(add):
-    add("--img_size", type=int, default=32, help="height and width")
+    add("--img_size", type=positive, default=32, help="height and width")
     add("--nz", type=positive, default=100, help="size of the latent vector")
     add("--ngf", type=positive, help="width of netG")
     add("--ndf", type=positive, help="width of netD")
