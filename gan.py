@@ -130,12 +130,13 @@ def g_loss(fake, args):
     return -fake.mean() if args.loss == "hinge" else F.binary_cross_entropy_with_logits(fake, torch.ones_like(fake))
 
 def gradient_penalty(netD, real, fake, kind):
-    """r1: half the squared gradient at real (Mescheder et al. 2018); interpolate: norm to 1 (Gulrajani et al. 2017)."""
+    """r1: half the squared gradient at real (Mescheder et al. 2018), here the mean over channels, so that one weight does
+    for grey and RGB; interpolate: its norm, pulled to 1 (Gulrajani et al. 2017)."""
     x = real if kind == "r1" else torch.lerp(real, fake.float(), torch.rand(len(real), 1, 1, 1, device=real.device))
     x = x.detach().requires_grad_()
     (grad,) = torch.autograd.grad(netD.forward(x).sum(), x, create_graph=True)  # never compiled, nor in bf16
     squared = grad.square().sum((1, 2, 3))
-    return squared.mean() / 2 if kind == "r1" else (squared.add(1e-12).sqrt() - 1).square().mean()
+    return squared.mean() / (2 * x.shape[1]) if kind == "r1" else (squared.add(1e-12).sqrt() - 1).square().mean()
 
 def train(args):
     run = Run(args)
@@ -190,7 +191,7 @@ def train(args):
 # A method of your own is what stands above: CONDITIONAL, RECIPES, flags (--nz, --img_size), a Generator that keeps its
 # arguments in .config, config_of for other people's weights, and train, which hands netG_ema to run.steps.
 DATASETS = {  # where their flags differ from those for your own images
-    "digits": {"img_size": 32, "nc": 1, "max_steps": 4000},
+    "digits": {"img_size": 32, "nc": 1, "max_steps": 3400},
     "mnist": {"img_size": 32, "nc": 1, "max_steps": 6000},
     "fashion_mnist": {"img_size": 32, "nc": 1, "max_steps": 6000},
     "cifar10": {"img_size": 32, "hflip": True},
@@ -218,7 +219,7 @@ def get_args(argv=None):
     add("--max_images", type=positive, help="a random subset of this many; digits: draw this many")
     add = p.add_argument_group("optimisation").add_argument
     add("--recipe", choices=RECIPES, default="default", help="paper: what its authors chose; other flags outrank it")
-    add("--max_steps", type=positive, default=20000, help="length of the run")
+    add("--max_steps", type=positive, default=24000, help="length of the run")
     add("--epochs", type=positive, help="length in passes over the data, in place of --max_steps")
     add("--batch_size", type=positive, help="images per process and step")
     add("--lr", type=float, help="learning rate of both nets, in place of --lr_g and --lr_d")

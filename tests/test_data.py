@@ -47,9 +47,9 @@ def test_folder_of_classes_and_zip_are_the_same(folder):
     assert (images.shape, labels.tolist(), classes) == ((12, 64, 64, 3), [0] * 12, [])
 
 @pytest.mark.parametrize(("flags", "expected"), [
-    ("--dataset my_images", (64, 3, False, 20000, 2e-3, 1e-3, "r1")), ("--dataset celeba", (64, 3, True, 20000, 2e-3, 1e-3, "r1")),
+    ("--dataset my_images", (64, 3, False, 24000, 2e-3, 1e-3, "r1")), ("--dataset celeba", (64, 3, True, 24000, 2e-3, 1e-3, "r1")),
     ("--dataset mnist --lr 1 --lr_d 0", (32, 1, False, 6000, 1, 0, "r1")),
-    ("--dataset cifar10 --recipe paper", (32, 3, True, 20000, 2e-4, 2e-4, "none")),
+    ("--dataset cifar10 --recipe paper", (32, 3, True, 24000, 2e-4, 2e-4, "none")),
     ("--recipe paper --img_size 16 --nc 3 --hflip --lr_g 3 --epochs 2", (16, 3, True, None, 3, 2e-4, "none"))])
 def test_recipes(flags, expected):
     """One for all data; the data set's size, channels, flips and length over it; flags over both."""

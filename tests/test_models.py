@@ -79,11 +79,11 @@ def test_gradient_penalties_of_a_linear_critic(script):
             out = (x * w).sum((1, 2, 3))
             return (out, torch.stack((out, torch.zeros(3)), 1)) if script is acgan else out
 
-    labels = torch.zeros(3, dtype=torch.long)
+    real, fake, labels = torch.randn(3, 1, 4, 4), torch.randn(3, 1, 4, 4), torch.zeros(3, dtype=torch.long)
     extra = (labels, 0) if script is acgan else ()
-    real, fake = torch.randn(3, 1, 4, 4), torch.randn(3, 1, 4, 4)
     r1 = script.gradient_penalty(critic, real, fake, "r1", *extra)
-    assert r1.item() == pytest.approx(2)
+    rgb = script.gradient_penalty(critic, real.repeat(1, 3, 1, 1), fake, "r1", *extra)  # no heavier for three channels
+    assert (r1.item(), rgb.item()) == pytest.approx((2, 2))
     assert script.gradient_penalty(critic, real, fake, "interpolate", *extra).item() == pytest.approx(1)
     r1.backward()
     torch.testing.assert_close(w.grad, w.detach())
