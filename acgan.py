@@ -45,7 +45,7 @@ CONDITIONAL = True  # True where netG is told a class: netG(z, labels)
 RECIPES = {  # --recipe: what flags are by default, on any data; "paper" where its authors chose otherwise
     "default": {
         "ngf": 64, "ndf": 32, "init": "dcgan", "dropout": 0.0, "ema": 0.999,
-        "gp": "r1", "gp_weight": 0.3, "gp_every": 4, "batch_size": 32, "lr_g": 2e-3, "lr_d": 1e-3, "lr_decay": "linear",
+        "gp": "r1", "gp_weight": 0.9, "gp_every": 4, "batch_size": 32, "lr_g": 2e-3, "lr_d": 1e-3, "lr_decay": "linear",
         "aux": "adc", "aux_g": 1.0,
     },
     "paper": {"batch_size": 100, "lr_g": 2e-4, "lr_d": 2e-4, "lr_decay": "none", "dropout": 0.5, "ngf": 96, "ndf": 64,
