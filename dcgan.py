@@ -200,7 +200,7 @@ def train(args):
 # A method of your own is what stands above: CONDITIONAL, RECIPES, flags (--nz, --img_size), a Generator that keeps its
 # arguments in .config, config_of for other people's weights, and train, which hands netG_ema to run.steps.
 DATASETS = {  # where their flags differ from those for your own images
-    "digits": {"img_size": 32, "nc": 1, "max_steps": 3400},
+    "digits": {"img_size": 32, "nc": 1, "max_steps": 4600},
     "mnist": {"img_size": 32, "nc": 1, "max_steps": 6000},
     "fashion_mnist": {"img_size": 32, "nc": 1, "max_steps": 6000},
     "cifar10": {"img_size": 32, "hflip": True},
