@@ -360,7 +360,7 @@ def export(args):
     facts = describe(args, netG, classes, run)
     helper.set_model_props(model, {k: v.encode(errors="backslashreplace").decode() for k, v in facts.items()})
     onnx.checker.check_model(model, full_check=True)
-    with dcgan.atomic_write(args.out) as f:
+    with dcgan.atomic_write(Path(args.out)) as f:
         f.write(model.SerializeToString())
         f.flush()
         result = compare(script, netG, f.name, args) if args.verify else "not compared with PyTorch"

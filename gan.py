@@ -108,13 +108,13 @@ def weights_init(net, init="dcgan"):
     """dcgan: N(0, 0.02), BatchNorm scales N(1, 0.02) (Radford et al. 2016, section 4); or He's normal."""
     for m in net.modules():
         if isinstance(m, (nn.Conv2d, nn.ConvTranspose2d, nn.Linear)):
-            weight = m.parametrizations.weight.original if hasattr(m, "parametrizations") else m.weight
-            if init == "dcgan":
-                nn.init.normal_(weight, 0.0, 0.02)
-            else:  # PyTorch swaps fan_in and fan_out of transposed convolutions
-                nn.init.kaiming_normal_(weight, 0.2, "fan_out" if isinstance(m, nn.ConvTranspose2d) else "fan_in")
-            if m.bias is not None:
-                nn.init.zeros_(m.bias)
+            for w in m.parameters():
+                if w.ndim == 1:  # a bias
+                    nn.init.zeros_(w)
+                elif init == "dcgan":
+                    nn.init.normal_(w, 0.0, 0.02)
+                else:  # PyTorch swaps fan_in and fan_out of transposed convolutions
+                    nn.init.kaiming_normal_(w, 0.2, "fan_out" if isinstance(m, nn.ConvTranspose2d) else "fan_in")
         elif isinstance(m, nn.BatchNorm2d):
             nn.init.normal_(m.weight, 1.0, 0.02)
 
@@ -188,8 +188,10 @@ def train(args):
             torch._foreach_lerp_([*netG_ema.parameters()], [*netG.parameters()], new)
 
 # -------------------------------------------------------- PLUMBING: the same lines in gan.py, dcgan.py and acgan.py
-# A method of your own is what stands above: CONDITIONAL, RECIPES, flags (--nz, --img_size), a Generator that keeps its
-# arguments in .config, config_of for other people's weights, and train, which hands netG_ema to run.steps.
+# It asks of what stands above: CONDITIONAL, RECIPES, flags (--nz, --img_size), a Generator that keeps its arguments in
+# .config, config_of for other people's weights, and train, which hands netG_ema to run.steps.
+SCRIPT = Path(__file__).stem
+font = functools.cache(ImageFont.load_default)
 DATASETS = {  # where their flags differ from those for your own images
     "digits": {"img_size": 32, "nc": 1, "max_steps": 4600},
     "mnist": {"img_size": 32, "nc": 1, "max_steps": 6000},
@@ -197,8 +199,6 @@ DATASETS = {  # where their flags differ from those for your own images
     "cifar10": {"img_size": 32, "hflip": True},
     "celeba": {"hflip": True},
 }
-SCRIPT = Path(__file__).stem
-font = functools.cache(ImageFont.load_default)
 
 def positive(text):
     """argparse type: an integer of 1 or more."""
@@ -253,8 +253,7 @@ def get_args(argv=None):
     p.set_defaults(**DATASETS.get(typed.dataset, {}) | RECIPES["default"] | RECIPES[typed.recipe])
     if typed.resume is not None:
         typed.resume = last_checkpoint(typed.resume or typed.out_dir or f"runs/{SCRIPT}-*")
-        p.set_defaults(**load_checkpoint(typed.resume, [SCRIPT])["args"])
-        p.set_defaults(out_dir=os.path.dirname(typed.resume) or ".")
+        p.set_defaults(**load_checkpoint(typed.resume)["args"] | {"out_dir": str(Path(typed.resume).parent)})
     if typed.epochs:
         p.set_defaults(max_steps=None)
     if typed.lr is not None:
@@ -268,7 +267,6 @@ def get_args(argv=None):
 @contextlib.contextmanager
 def atomic_write(path):
     """Opens a temporary file beside `path`, moved there when the block ends well: nobody ever sees half a file."""
-    path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     tmp = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
@@ -292,39 +290,35 @@ def draw_digit(i, size):
     return img.rotate(rng.uniform(-6, 6), Image.Resampling.BILINEAR, fillcolor=paper)
 
 def find_images(args):
-    """--dataset -> (names, open, labels, classes, stamp): open(names[i]) is image i, of class classes[labels[i]]."""
+    """--dataset -> (names, open, labels, classes): open(name) is an image, classes[labels[i]] that of the i-th name."""
     path = Path(args.dataset)
     if args.dataset == "digits":
         n = args.max_images or 20000
-        return range(n), lambda i: draw_digit(i, args.img_size), np.arange(n) % 10, list("0123456789"), ""
+        return range(n), lambda i: draw_digit(i, args.img_size), np.arange(n) % 10, list("0123456789")
     if args.dataset == "celeba":
         found = [p for p in Path(args.data_dir).rglob("img_align_celeba*") if p.suffix in ("", ".zip")]
         path = min(found, default=None) or Path(download(args).root, "celeba")
     elif args.dataset in DATASETS:
         data = download(args)
-        pixels = np.asarray(data.data)
-        return range(len(pixels)), lambda i: Image.fromarray(pixels[i]), np.asarray(data.targets), data.classes, ""
+        return range(len(data)), lambda i: data[i][0], np.asarray(data.targets), data.classes
     archive = zipfile.ZipFile(path) if zipfile.is_zipfile(path) else None  # read as it is, never extracted
     if archive:
-        stamps = {info.filename: info.CRC for info in archive.infolist()}
+        stamps = {info.filename: info.CRC for info in archive.infolist()}  # the cache is named after these, too
     else:
         stamps = {p.relative_to(path).as_posix(): p.stat().st_mtime_ns for p in path.rglob("*.*")}
-    known = {ending for ending, kind in Image.registered_extensions().items() if kind in Image.OPEN}
-    names = [name for name in sorted(stamps) if Path(name).suffix.lower() in known
-             and not any(part.startswith((".", "__MACOSX")) for part in name.split("/"))]
+    known = tuple(Image.registered_extensions())
+    names = {name: stamps[name] for name in sorted(stamps)
+             if name.lower().endswith(known) and "/." not in f"/{name}" and "__MACOSX" not in name}
     if not names:
         raise OSError(f"--dataset {path}: no images there; give {', '.join(DATASETS)}, a folder or a .zip")
     folders = [name.split("/")[:-1] for name in names]
     depth = len(os.path.commonprefix(folders))  # a class is the first folder below what all share: x/cat/1, x/dog/2
-    classes, labels = np.unique(["".join(folder[depth:depth + 1]) for folder in folders], return_inverse=True)
-    classes = classes.tolist() if all(classes) else []
+    kinds = ["".join(folder[depth:depth + 1]) for folder in folders]
     if CONDITIONAL and args.attr:
-        classes, labels = celeba_classes(args, names)
-
-    def open_image(name):
-        return Image.open(archive.open(name) if archive else path / name)
-
-    return names, open_image, labels, classes, [stamps[name] for name in names]
+        kinds = celeba_attributes(args, names)
+    classes, labels = np.unique(kinds, return_inverse=True)
+    classes = classes.tolist() if all(classes) else []
+    return names, lambda name: Image.open(archive.open(name) if archive else path / name), labels, classes
 
 def download(args):
     """torchvision's data set of this name, which it downloads where it is not there yet."""
@@ -336,17 +330,15 @@ def download(args):
         files = {"CelebA": "img_align_celeba.zip", "CIFAR10": "cifar-10-python.tar.gz"}.get(name, f"{name}/raw/*.gz")
         raise OSError(f"--dataset {args.dataset}: put {files} into {args.data_dir} yourself; no download: {e}") from e
 
-def celeba_classes(args, names):
-    """(names of classes, labels (N)): each combination of the attributes that --attr names is a class."""
+def celeba_attributes(args, names):
+    """What of --attr each picture shows, as in "Smiling + not Male", from the table beside CelebA's pictures."""
     table = min(Path(args.data_dir).rglob("list_attr_celeba.*"), default=Path(args.data_dir, "list_attr_celeba.txt"))
     header, *rows = [row for line in table.open() if len(row := line.replace(",", " ").split()) > 1]
     if not set(args.attr) <= set(header):
         raise OSError(f"--attr {' '.join(args.attr)}: choose from {', '.join(header)}")
-    bits = {header.index(name) - len(header): 1 << k for k, name in enumerate(args.attr)}
-    number = {row[0]: sum(bit for column, bit in bits.items() if row[column] == "1") for row in rows}
-    classes = [" + ".join(("" if c >> k & 1 else "not ") + name for k, name in enumerate(args.attr))
-               for c in range(2 ** len(args.attr))]
-    return classes, np.array([number[name.split("/")[-1]] for name in names])
+    columns = {name: header.index(name) - len(header) for name in args.attr}  # a row begins with the file's name
+    kinds = {row[0]: " + ".join("not " * (row[k] != "1") + name for name, k in columns.items()) for row in rows}
+    return [kinds[name.split("/")[-1]] for name in names]
 
 def to_pixels(img, size, nc):
     """PIL image of any kind -> bytes of size x size x nc: the short side resized, the centre cropped."""
@@ -359,34 +351,34 @@ def to_pixels(img, size, nc):
         img = Image.alpha_composite(Image.new("RGBA", img.size, "white"), img.convert("RGBA"))
     return ImageOps.fit(img.convert(mode), (size, size), Image.Resampling.BICUBIC).tobytes()
 
-def load_data(args, quiet=False):
+def load_data(args):
     """--dataset -> images, uint8 (N, H, W, C); labels, int64 (N); names of classes. Decoded once, into a cache file."""
-    names, open_image, labels, classes, stamp = find_images(args)
+    names, open_image, labels, classes = find_images(args)
     if CONDITIONAL and not classes:
         raise OSError(f"--dataset {args.dataset}: no classes; it takes a folder for each class, or --attr for celeba")
-    chosen = np.sort(np.random.default_rng(0).permutation(len(names))[:args.max_images]).tolist()
-    made_from = repr((chosen, list(names), labels.tolist(), stamp)).encode()
-    name = f"{Path(args.dataset).resolve().stem}-{args.img_size}x{args.nc}-{hashlib.sha256(made_from).hexdigest()[:16]}"
-    cache = Path(args.data_dir, "cache", f"{name}.rows")
-    row = np.dtype([("label", np.int64), ("pixels", np.uint8, (args.img_size, args.img_size, args.nc))])
-    failed = []
+    chosen = np.sort(np.random.default_rng(0).permutation(len(names))[:args.max_images])
+    made_from = hashlib.sha256(repr((names, args.max_images)).encode()).hexdigest()[:16]
+    name = f"{Path(args.dataset).resolve().stem}-{args.img_size}x{args.nc}-{made_from}.rows"
+    cache = Path(args.data_dir, "cache", name)
+    row = np.dtype([("index", np.int64), ("pixels", np.uint8, (args.img_size, args.img_size, args.nc))])
+    names, failed = list(names), []
 
     def decode(i):
         try:
-            return np.int64(labels[i]).tobytes() + to_pixels(open_image(names[i]), args.img_size, args.nc)
+            return i.tobytes() + to_pixels(open_image(names[i]), args.img_size, args.nc)
         except Exception as e:  # noqa: BLE001  damaged files make Pillow and zipfile raise nearly anything
             failed.append(f"{names[i]}: {e}")
             return b""
 
     if not cache.exists():
         with atomic_write(cache) as f, ThreadPool() as pool:
-            f.writelines(tqdm(pool.imap(decode, chosen, 64), "decoding", len(chosen), unit="img", disable=quiet))
+            f.writelines(tqdm(pool.imap(decode, chosen, 64), "decoding", len(chosen), unit="img"))
             if len(failed) == len(chosen):
                 raise OSError(f"--dataset {args.dataset}: no image can be read; the first: {failed[0]}")
     if failed:
         print(f"skipped {len(failed)} unreadable images:", *failed[:5], sep="\n  ", file=sys.stderr)
     rows = np.memmap(cache, row, "c")  # copy on write: torch warns of arrays that may only be read
-    return rows["pixels"], rows["label"].copy(), classes
+    return rows["pixels"], labels[rows["index"]], classes
 
 def latents(seed, start, n, nz):
     """Latents start, start + 1, ... of a seed: float32 (n, nz) ~ N(0, 1), by Philox and Box-Muller. infer_ort.py
@@ -418,11 +410,11 @@ def save_grid(path, frames, columns=None, duration=50):
     grids = [make_grid(torch.from_numpy(x.copy()).permute(0, 3, 1, 2), columns, pad_value=255) for x in frames]
     first, *others = [Image.fromarray(grid.permute(1, 2, 0).numpy()) for grid in grids]
     with atomic_write(path) as f:
-        first.save(f, Path(path).suffix[1:], save_all=True, append_images=others, loop=0, duration=duration)
+        first.save(f, path.suffix[1:], save_all=True, append_images=others, loop=0, duration=duration)
 
 def sample(args):
     """--sample: pictures of a checkpoint's generator, as a grid, an animation, an array or a folder."""
-    path, frames = last_checkpoint(args.sample), args.interpolate or 1
+    path = last_checkpoint(args.sample)
     netG, classes = load_generator(path)
     netG.to(pick_device(args.device))
     out = Path(args.out or f"{os.path.splitext(path)[0]}_samples.{'gif' if args.interpolate else 'png'}")
@@ -433,22 +425,22 @@ def sample(args):
     if not set(asked) <= set(numbers):
         raise OSError(f"--labels {args.labels}: this generator's classes are {', '.join(numbers)}")
     n, nz = args.n_samples or 10 * len(asked) or 64, netG.config["nz"]
-    z, labels = latents(args.seed, 0, 2 * n, nz), np.resize([numbers[name] for name in asked] or [0], n)
-    if args.walk_dim is None:  # a great circle through two latents: closed, and every point on it again ~ N(0, 1)
-        t = np.linspace(0, 2 * np.pi, frames, endpoint=False, dtype=np.float32)[:, None, None]
-        z = (np.cos(t) * z[:n] + np.sin(t) * z[n:]).reshape(-1, nz)
-    elif 0 <= args.walk_dim < nz:
+    z, others = np.split(latents(args.seed, 0, 2 * n, nz), 2)
+    if args.walk_dim is not None:
+        if not 0 <= args.walk_dim < nz:
+            raise OSError(f"--walk_dim {args.walk_dim}: this generator's latents have coordinates 0 to {nz - 1}")
         z = z[:1].repeat(n, 0)
         z[:, args.walk_dim] += 0.01 * np.arange(n)
-    else:
-        raise OSError(f"--walk_dim {args.walk_dim}: this generator's latents have coordinates 0 to {nz - 1}")
-    labels = np.resize(labels, len(z))
+    # --interpolate: a great circle through two latents, closed, and every point on it again ~ N(0, 1)
+    t = np.linspace(0, 2 * np.pi, args.interpolate or 1, endpoint=False, dtype=np.float32)[:, None, None]
+    z = (np.cos(t) * z + np.sin(t) * others).reshape(-1, nz)
+    labels = np.tile(np.resize([numbers[name] for name in asked] or [0], n), len(t))
     images = generate(netG, z, labels, args.batch_size)
     if out.suffix == ".npz":
         with atomic_write(out) as f:
             np.savez(f, images, **({"labels": labels} if CONDITIONAL else {}))
     elif out.suffix:
-        save_grid(out, images.reshape(-1, n, *images.shape[1:]), len(asked))
+        save_grid(out, images.reshape(len(t), n, *images.shape[1:]), len(asked))
     else:
         for i, image in enumerate(images):
             with atomic_write(out / f"{i:06d}.png") as f:
@@ -460,14 +452,13 @@ def last_checkpoint(path):
     folder = glob.escape(path) if os.path.isdir(path) else path
     return max(glob.glob(f"{folder}/checkpoint*.pt"), key=os.path.getmtime, default=path)
 
-def load_checkpoint(path, scripts):
+def load_checkpoint(path, scripts=(SCRIPT,)):
     """What torch.save wrote, on the CPU. OSError if it is damaged or none of `scripts` wrote it (None: others)."""
-    try:
-        ckpt = torch.load(path, map_location="cpu", weights_only=True)  # tensors and containers: no file can run code
-    except Exception as e:  # damaged files make torch raise nearly anything
-        if isinstance(e, OSError) and e.filename:
-            raise
-        raise OSError(f"{path}: damaged, or more than tensors in it; of a pickled net, save net.state_dict()") from e
+    with open(path, "rb") as f:
+        try:
+            ckpt = torch.load(f, map_location="cpu", weights_only=True)  # tensors and containers: no file can run code
+        except Exception as e:  # damaged files make torch raise nearly anything
+            raise OSError(f"{path}: damaged, or more than tensors in it; of a pickled net, save net.state_dict()") from e
     wrote = ckpt.get("script") if isinstance(ckpt, dict) else None
     if wrote not in scripts:
         raise OSError(f"{path}: not for {SCRIPT}.py, it was written by {f'{wrote}.py' if wrote else 'something else'}")
@@ -475,18 +466,18 @@ def load_checkpoint(path, scripts):
 
 def load_generator(path):
     """(netG in eval mode, names of its classes) of this script's checkpoint, or of somebody else's state dict."""
-    ckpt = load_checkpoint(path, [SCRIPT, None])
+    ckpt = load_checkpoint(path, (SCRIPT, None))
     keys = ("netG_ema", "g_model_state_dict", "generator", "netG", "state_dict", "model_state_dict")
     try:
         state = next((ckpt[key] for key in keys if key in ckpt), ckpt)
         state = {name.removeprefix("module."): tensor for name, tensor in state.items()}
-        config = ckpt["config"] if "config" in ckpt else config_of(state)
+        config = ckpt.get("config") or config_of(state)
     except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as e:
         raise OSError(f"{path}: no generator in it, at the top or under {', '.join(keys)}") from e
-    netG = Generator(**config)
+    netG = Generator(**config).eval()
     netG.load_state_dict(state)
     numbers = [str(k) for k in range(config.get("n_classes", 0))]
-    return netG.eval(), (ckpt.get("classes") or numbers) if CONDITIONAL else []
+    return netG, ckpt.get("classes", numbers) if CONDITIONAL else []
 
 def pick_device(name):
     """torch.device of --device."""
@@ -505,8 +496,7 @@ class Run:
             dist.init_process_group(timeout=datetime.timedelta(hours=6))  # the others wait while one decodes
         self.args, self.device = args, pick_device(args.device)
         cuda = self.device.type == "cuda"
-        cpu = getattr(torch.cpu, "get_capabilities", dict)()
-        fast = torch.cuda.is_bf16_supported(False) if cuda else cpu.get("avx512_bf16", False)
+        fast = torch.cuda.is_bf16_supported(False) if cuda else torch.cpu.get_capabilities().get("avx512_bf16", False)
         bf16 = {"auto": fast, "bf16": True, "fp32": False}[args.precision]
         self.autocast = functools.partial(torch.autocast, self.device.type, torch.bfloat16, enabled=bf16)
         torch.backends.cudnn.benchmark = True
@@ -516,42 +506,35 @@ class Run:
             ctypes.CDLL(None).mallopt(-3, 2**30)  # M_MMAP_THRESHOLD
         if local_rank > 0:
             dist.barrier()  # one process of a machine downloads and decodes, the others find what it has cached
-        images, labels, self.classes = load_data(args, quiet=self.rank > 0)
+        images, labels, self.classes = load_data(args)
         if local_rank == 0 and self.world > 1:
             dist.barrier()
         self.batch = args.batch_size * self.world  # of all processes together
-        if not 0 < self.batch <= len(images):
+        if self.batch > len(images):
             raise OSError(f"--batch_size {args.batch_size}: a step needs {self.batch} images, there are {len(images)}")
         self.epoch_size = len(images) // self.batch * self.batch  # what is left over fills no batch
         where = self.device if cuda and images.nbytes < torch.cuda.mem_get_info()[0] / 2 else "cpu"
         self.images, self.labels = torch.from_numpy(images).to(where), torch.from_numpy(labels).to(where)
         self.step = self.seen = self.signum = 0  # seen: images, by all processes
-        self.sums = {}
-        self.old = []  # fakes, for --replay
-        self.order = self.writer = None
+        self.old, self.values = [], {}  # fakes for --replay; what is to be logged
+        self.order = None
         torch.manual_seed(args.seed)
 
     def parallel(self, net):
         """net, compiled with --compile; under torchrun in DistributedDataParallel, which averages gradients."""
         if self.args.compile:
             net.compile(dynamic=False)  # in place: names stay; forward() is as it was, for second derivatives
-        if self.world > 1:
-            net = DistributedDataParallel(net)
-            net.broadcast_buffers = False  # a broadcast between netD's two forwards would spoil the backward
-        return net
+        # broadcast_buffers: it would come between netD's two forwards, and spoil the backward.
+        return DistributedDataParallel(net, broadcast_buffers=False) if self.world > 1 else net
 
     def steps(self, **state):
-        """Yields (step, real, labels) until the run is done: real, float (N, nc, H, W) in [-1, 1]; labels, int64 (N),
-        numbers of self.classes.
-
-        state: nets and optimizers, which checkpoints keep by these names and --resume restores; netG_ema is sampled.
-        """
+        """Yields (step, real (N, nc, H, W) in [-1, 1], labels (N), numbers of self.classes) until the run is done.
+        state: nets and optimizers, kept in checkpoints by these names, restored by --resume; netG_ema is sampled."""
         self.state = state
         if self.args.resume:
-            ckpt = load_checkpoint(self.args.resume, [SCRIPT])
+            ckpt = load_checkpoint(self.args.resume)
             for name, part in state.items():
-                groups = {"param_groups": part.state_dict()["param_groups"]} if name.startswith("opt") else {}
-                part.load_state_dict(ckpt[name] | groups)  # moments are the checkpoint's, betas the flags'
+                part.load_state_dict(ckpt[name])
             self.step, self.old = ckpt["step"], ckpt["old"]
             self.seen = ckpt["seen"] // self.batch * self.batch
         self.begin()
@@ -567,29 +550,29 @@ class Run:
         self.end()
 
     def begin(self):
-        args = self.args
+        args, classes = self.args, len(self.classes) if CONDITIONAL else 0
         self.total = args.max_steps or self.step + (args.epochs * self.epoch_size - self.seen) // self.batch
-        if self.step >= self.total:
-            raise OSError(f"--resume: {args.resume} has done its {self.step} steps; give more --epochs or --max_steps")
         self.interval = args.save_interval or max(100, self.total // 50)
-        self.columns = min(len(self.classes), 100) if CONDITIONAL else 8  # of the grids: one for each class
-        n = 10 * self.columns if CONDITIONAL else 64
-        self.grid_inputs = latents(args.seed, 0, n, args.nz), np.arange(n) % self.columns
-        labels = np.random.default_rng(args.seed).choice(self.labels.cpu().numpy(), 512)  # as frequent as in the data
-        self.bn_inputs = latents(args.seed, 0, 512, args.nz), labels
+        self.inputs = latents(args.seed, 0, 1000, args.nz), np.arange(1000) % (classes or 1)
+        self.columns, self.n_grid = classes or 8, min(10 * classes, 1000) or 64
         self.bar = tqdm(total=self.total, initial=self.step, unit="step", dynamic_ncols=True, disable=self.rank > 0)
-        if self.rank == 0:
-            self.out_dir = new_folder(args)
-            some = np.random.default_rng(args.seed).permutation(len(self.images))[:64]
-            save_grid(self.out_dir / "samples" / "real.png", [self.images[some].cpu().numpy()])
-            print(f"{len(self.images)} images {args.img_size}x{args.img_size}x{args.nc}, {len(self.classes)} classes; "
-                  f"{self.world} x {self.device}; {self.total} steps -> {self.out_dir}", flush=True)
-        if self.rank == 0 and args.tensorboard:
-            from torch.utils.tensorboard import SummaryWriter
-            self.writer = SummaryWriter(self.out_dir)
         self.logged, self.log_time = self.step, time.perf_counter()
         for signum in (signal.SIGINT, signal.SIGTERM):
             signal.signal(signum, lambda signum, frame: setattr(self, "signum", signum))  # heeded after the step
+        if self.rank > 0:
+            return
+        name = Path(args.out_dir or f"runs/{SCRIPT}-{Path(args.dataset).resolve().stem}")
+        self.out_dir, number = name, 1
+        while not args.resume and any(self.out_dir.glob("*")):  # a new run never goes over another one: -2, -3, ...
+            number += 1
+            self.out_dir = Path(f"{name}-{number}")
+        some = np.random.default_rng(args.seed).permutation(len(self.images))[:64]
+        save_grid(self.out_dir / "samples" / "real.png", [self.images[some].cpu().numpy()])
+        print(f"{len(self.images)} images {args.img_size}x{args.img_size}x{args.nc}, {len(self.classes)} classes; "
+              f"{self.world} x {self.device}; {self.total} steps -> {self.out_dir}", flush=True)
+        if args.tensorboard:
+            from torch.utils.tensorboard import SummaryWriter
+            self.writer = SummaryWriter(self.out_dir)
 
     def next_batch(self):
         """All of a step's randomness comes from (seed, step, rank): a resume needs no other random state."""
@@ -622,26 +605,25 @@ class Run:
     def log(self, **values):
         """Tensors, whose means since the last line go to the log. Nobody waits for the GPU here."""
         for name, value in values.items():
-            total, n = self.sums.get(name, (0, 0))
-            self.sums[name] = total + value.detach().float().mean(), n + 1
+            self.values.setdefault(name, []).append(value.detach())
 
     def write_log(self):
         """A line of log.jsonl, the bar and TensorBoard. Stops the run where losses or weights are not finite."""
-        now = time.perf_counter()
-        place = {"step": self.step, "epoch": self.seen / self.epoch_size, "time": time.time()}
-        means = torch.stack([total / n for total, n in self.sums.values()])
-        weights = [w for net in self.state.values() if isinstance(net, nn.Module) for w in net.parameters()]
-        if not torch.stack([*means, *torch._foreach_norm(weights)]).isfinite().all():
+        row = {name: torch.stack(values).float().mean().item() for name, values in self.values.items()}
+        norm = torch.nn.utils.get_total_norm(self.state["netG_ema"].parameters()).item()
+        if not all(map(math.isfinite, (norm, *row.values()))):
             raise FloatingPointError(f"losses or weights are not finite at step {self.step}: try a lower --lr, --gp r1 "
                                      "or --precision fp32; the last checkpoint is good")
-        row = dict(zip(self.sums, means.tolist()))
+        now = time.perf_counter()
         row["images/s"] = (self.step - self.logged) * self.batch / (now - self.log_time)
-        self.sums, self.logged, self.log_time = {}, self.step, now
+        self.values, self.logged, self.log_time = {}, self.step, now
         self.bar.set_postfix({name: f"{value:.3g}" for name, value in row.items()})
-        if self.rank == 0:
-            with open(self.out_dir / "log.jsonl", "a") as f:
-                f.write(json.dumps(place | row) + "\n")
-        if self.writer:
+        if self.rank > 0:
+            return
+        place = {"step": self.step, "epoch": self.seen / self.epoch_size, "time": time.time()}
+        with open(self.out_dir / "log.jsonl", "a") as f:
+            f.write(json.dumps(place | row) + "\n")
+        if self.args.tensorboard:
             for name, value in row.items():
                 self.writer.add_scalar(name, value, self.step)
 
@@ -651,21 +633,22 @@ class Run:
             self.save(f"checkpoint_epoch_{epochs:04d}.pt")
         if self.step % self.interval == 0 or self.step == self.total:
             self.save("checkpoint.pt")
-            images = generate(self.state["netG_ema"], *self.grid_inputs)
+            images = generate(self.state["netG_ema"], *(x[:self.n_grid] for x in self.inputs))
             save_grid(self.out_dir / "samples" / f"step_{self.step:08d}.png", [images], self.columns)
-            if self.writer:
+            if self.args.tensorboard:
                 self.writer.add_images("samples", images, self.step, dataformats="NHWC")
+                self.writer.flush()
 
     def save(self, name):
         """A checkpoint. netG's average gets BatchNorm statistics of its own (Izmailov et al. 2018, section 3.2)."""
-        if self.sums:
+        if self.values:
             self.write_log()  # which checks the weights
-        netG = self.state["netG_ema"]
+        netG = self.state["netG_ema"].train()
         for layer in netG.modules():
             if isinstance(layer, (nn.BatchNorm1d, nn.BatchNorm2d)):
                 layer.reset_running_stats()
                 layer.momentum = None  # the mean over batches
-        generate(netG.train(), *self.bn_inputs)
+        generate(netG, *(x[:512] for x in self.inputs))
         netG.eval()
         ckpt = {"script": SCRIPT, "args": vars(self.args), "config": netG.config, "classes": self.classes,
                 "step": self.step, "seen": self.seen, "old": self.old}
@@ -675,42 +658,29 @@ class Run:
             f.write(buffer.getbuffer())
 
     def should_stop(self):
-        """Whether a signal came to any process. On GPUs asking the others waits: it is done only now and then."""
-        if self.world == 1:
-            return self.signum > 0
-        if self.device.type != "cpu" and self.step % 10:
-            return False
-        signum = torch.tensor(self.signum, device=self.device)
-        dist.all_reduce(signum, dist.ReduceOp.MAX)
-        return bool(signum)
+        """Whether a signal came to any process. These agree on it in every tenth step: asking waits for the GPU."""
+        if self.world > 1:
+            if self.step % 10:
+                return False
+            signum = torch.tensor(self.signum, device=self.device)
+            dist.all_reduce(signum, dist.ReduceOp.MAX)
+            self.signum = int(signum)
+        return self.signum > 0
 
     def end(self):
         """After Ctrl-C or another signal a checkpoint; else samples.gif."""
-        stopped = self.step < self.total
-        if self.rank == 0 and stopped:
+        if self.rank == 0 and self.step < self.total:
             self.save("checkpoint.pt")
             print(f"stopped at step {self.step}; go on with: python {SCRIPT}.py --resume {self.out_dir}")
         elif self.rank == 0:
-            files = sorted((self.out_dir / "samples").glob("step_*.png"), reverse=True)
-            files = files[::len(files) // 100 + 1][::-1]  # 100 are enough
+            files = sorted((self.out_dir / "samples").glob("step_*.png"))
+            files = files[::-(len(files) // 100 + 1)][::-1]  # 100 are enough
             frames = [np.asarray(Image.open(file).convert("RGB"))[None] for file in files]
             save_grid(self.out_dir / "samples.gif", frames, 1, [200] * (len(frames) - 1) + [1000])
-            print(f"done: {self.out_dir}; more pictures: python {SCRIPT}.py --sample {self.out_dir}")
-        if self.writer:
-            self.writer.close()
-        if stopped:
-            sys.exit(128 + (self.signum or signal.SIGTERM))  # it may have come to another process
-
-def new_folder(args):
-    """--out_dir, or one named after the data set; a new run never goes over another one: runs/dcgan-mnist-2, ..."""
-    name = str(Path(args.out_dir or f"runs/{SCRIPT}-{Path(args.dataset).resolve().stem}"))
-    folder, number = Path(name), 1
-    while not args.resume and any(folder.glob("*")):
-        number += 1
-        folder = Path(f"{name}-{number}")
-    for leftover in folder.glob(".*.tmp"):  # of a run that was killed while it saved
-        leftover.unlink()
-    return folder
+            print(f"done: {self.out_dir}; more pictures: python {SCRIPT}.py --sample {self.out_dir}; "
+                  f"more steps: --resume {self.out_dir} --max_steps N")
+        if self.step < self.total:
+            sys.exit(128 + self.signum)
 
 def main():
     """One line, exit code 1, for what the user can mend: files, values, memory. All else keeps its traceback."""

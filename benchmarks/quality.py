@@ -212,7 +212,7 @@ def trained_classifier(kind, train, test, n_classes, args):
                 bar.update()
             bar.set_postfix(loss=f"{loss.item():.3f}")
         bar.close()
-        with gan.atomic_write(file) as f:
+        with gan.atomic_write(Path(file)) as f:
             torch.save(net.state_dict(), f)
     _, p = features_of(net, test[0])
     return net, float((p.argmax(1) == test[1]).mean())
@@ -305,7 +305,7 @@ def draw_neighbours(images, features, train, reference, path):
     chosen = np.arange(10)
     _, index = nearest(features[chosen], reference["train"], 8)
     rows = np.concatenate([np.concatenate((images[i:i + 1], train[j])) for i, j in zip(chosen, index)])
-    gan.save_grid(path, [rows], 9)
+    gan.save_grid(Path(path), [rows], 9)
 
 def measure(args):
     if args.n_samples < 100:
@@ -358,7 +358,7 @@ def measure(args):
                  for source in loaded}
         print(f"best: {min(ranks, key=lambda source: sum(ranks[source]))}")
     if args.json:
-        with gan.atomic_write(args.json) as f:
+        with gan.atomic_write(Path(args.json)) as f:
             f.write(json.dumps(facts | {"scores": table}, indent=1).encode())
 
 def main():

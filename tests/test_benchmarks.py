@@ -48,7 +48,7 @@ def test_pictures_of_the_baseline(folder, argv):
 def test_the_baseline_trains_on_our_pictures(folder, nc):
     """Else its losses and pictures could not be compared with ours."""
     args = dcgan.get_args(words("--img_size 32 --nc", nc, "--dataset", folder))
-    images, labels, classes = dcgan.load_data(args, quiet=True)
+    images, labels, classes = dcgan.load_data(args)
     theirs = datasets.ImageFolder(folder, training.plain_transform(nc, 32, grey=False))
     assert classes == theirs.classes
     assert labels.tolist() == theirs.targets

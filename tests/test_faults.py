@@ -70,7 +70,7 @@ def test_killed_at_random_moments(script, signum, wanted):
     assert saved > 0
 
 def cached(n):
-    dcgan.load_data(dcgan.get_args([*TINY, "--max_images", str(n)]), quiet=True)
+    dcgan.load_data(dcgan.get_args([*TINY, "--max_images", str(n)]))
 
 @pytest.mark.parametrize("wanted", [2, pytest.param(30, marks=slow)])
 def test_killed_while_the_cache_is_written(wanted):
@@ -183,7 +183,7 @@ def test_hostile_images(n, capfd):
             z.writestr(name, strange_image(rng, i) if i % 25 else b"")
         z.writestr("bomb.png", bomb.getvalue())
         z.writestr("/absolute.png", picture(1).tobytes())
-    images, *_ = dcgan.load_data(dcgan.get_args(["--dataset", "hostile.zip", "--img_size", "16"]), quiet=True)
+    images, *_ = dcgan.load_data(dcgan.get_args(["--dataset", "hostile.zip", "--img_size", "16"]))
     skipped = int(re.search(r"skipped (\d+)", capfd.readouterr().err)[1])
     assert len(images) + skipped == n + 2
     assert n / 25 < skipped < n / 2
