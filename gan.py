@@ -25,6 +25,7 @@ import math
 import os
 import signal
 import sys
+import tempfile
 import time
 import zipfile
 from multiprocessing.pool import ThreadPool
@@ -40,7 +41,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils.parametrizations import spectral_norm
 from tqdm import tqdm
 
-CONDITIONAL = False  # True where netG is told a class: netG(z, labels)
+CONDITIONAL = False  # for the plumbing: is netG told a class, netG(z, labels)?
 RECIPES = {  # --recipe: what flags are by default, on any data; "paper" where its authors chose otherwise
     "default": {
         "ngf": 64, "ndf": 64, "init": "he", "dropout": 0.0, "ema": 0.999, "max_steps": 15000, "batch_size": 128,
@@ -119,19 +120,19 @@ def weights_init(net, init="dcgan"):
             nn.init.normal_(m.weight, 1.0, 0.02)
 
 def d_loss(real, fake, args):
-    """netD's loss from its logits (N): Goodfellow et al. 2014, eq. 1, or hinge (Miyato et al. 2018, eq. 16)."""
+    """From netD's logits (N): -log D(x) - log(1 - D(G(z))), Goodfellow et al. 2014, eq. 1; or hinge, Miyato et al. 2018."""
     if args.loss == "hinge":
         return F.relu(1 - real).mean() + F.relu(1 + fake).mean()
     return (F.binary_cross_entropy_with_logits(real, torch.full_like(real, args.real_label))
             + F.binary_cross_entropy_with_logits(fake, torch.full_like(fake, args.fake_label)))
 
 def g_loss(fake, args):
-    """netG's loss from netD's logits (N): non-saturating (Goodfellow et al. 2014, section 3), or hinge."""
+    """From netD's logits (N): -log D(G(z)), the non-saturating loss of Goodfellow et al. 2014, section 3; or hinge."""
     return -fake.mean() if args.loss == "hinge" else F.binary_cross_entropy_with_logits(fake, torch.ones_like(fake))
 
 def gradient_penalty(netD, real, fake, kind):
-    """r1: half the squared gradient at real (Mescheder et al. 2018), here the mean over channels, so that one weight does
-    for grey and RGB; interpolate: its norm, pulled to 1 (Gulrajani et al. 2017)."""
+    """r1: half netD's squared gradient at real (Mescheder et al. 2018), divided by nc, so that one weight does for grey
+    and RGB. interpolate: the gradient's norm between real and fake, pulled to 1 (Gulrajani et al. 2017)."""
     x = real if kind == "r1" else torch.lerp(real, fake.float(), torch.rand(len(real), 1, 1, 1, device=real.device))
     x = x.detach().requires_grad_()
     (grad,) = torch.autograd.grad(netD.forward(x).sum(), x, create_graph=True)  # never compiled, nor in bf16
@@ -148,8 +149,8 @@ def train(args):
     netG_ema = copy.deepcopy(netG).eval().requires_grad_(False)  # the average of netG's weights, which is sampled
     adam = functools.partial(torch.optim.Adam, betas=(args.beta1, args.beta2), fused=True)
     optimizer = adam if args.optim == "adam" else torch.optim.RMSprop
-    optG, optD = optimizer(netG.parameters()), optimizer(netD.parameters())
-    ddpG, ddpD = run.parallel(netG), run.parallel(netD)  # torchrun: gradients are averaged
+    optG, optD = optimizer(netG.parameters()), optimizer(netD.parameters())  # rates: in each step
+    ddpG, ddpD = run.parallel(netG), run.parallel(netD)  # under torchrun gradients are averaged; --compile
     for step, real, _ in run.steps(netG=netG, netD=netD, netG_ema=netG_ema, optG=optG, optD=optD):
         decay = min(1, 2 - 2 * step / run.total) if args.lr_decay == "linear" else 1
         optG.param_groups[0]["lr"], optD.param_groups[0]["lr"] = decay * args.lr_g, decay * args.lr_d
@@ -159,12 +160,12 @@ def train(args):
         z = torch.randn(len(real), args.nz, device=run.device)
         with run.autocast():
             with torch.set_grad_enabled(g_step):
-                fake = ddpG(z) if g_step else netG(z)
+                fake = ddpG(z)
             (shown,) = run.replay(fake.detach())  # with --replay, old ones among them
             out_real, out_fake = ddpD(torch.cat((real, shown))).float().chunk(2)  # no BatchNorm: one pass will do
         loss_d = d_loss(out_real, out_fake, args)
         run.log(**{"loss_d": loss_d, "D(x)": out_real.sigmoid(), "D(G(z))": out_fake.sigmoid()})
-        if args.gp != "none" and step % args.gp_every == 0:  # costly, and enough now and then: Karras et al. 2020, B
+        if args.gp != "none" and step % args.gp_every == 0:  # costly; now and then is enough: StyleGAN2, appendix B
             penalty = gradient_penalty(netD, real, fake, args.gp)
             loss_d = loss_d + args.gp_every * args.gp_weight * penalty
         optD.zero_grad()
@@ -188,8 +189,8 @@ def train(args):
             torch._foreach_lerp_([*netG_ema.parameters()], [*netG.parameters()], new)
 
 # -------------------------------------------------------- PLUMBING: the same lines in gan.py, dcgan.py and acgan.py
-# It asks of what stands above: CONDITIONAL, RECIPES, flags (--nz, --img_size), a Generator that keeps its arguments in
-# .config, config_of for other people's weights, and train, which hands netG_ema to run.steps.
+# It needs from above: CONDITIONAL, RECIPES, flags (--nz, --img_size, --replay), a Generator that keeps its arguments in
+# .config (n_classes, if it takes labels), config_of for other people's weights, and train, with netG_ema for run.steps.
 SCRIPT = Path(__file__).stem
 font = functools.cache(ImageFont.load_default)
 DATASETS = {  # where their flags differ from those for your own images
@@ -258,25 +259,22 @@ def get_args(argv=None):
         p.set_defaults(max_steps=None)
     if typed.lr is not None:
         p.set_defaults(lr_g=typed.lr, lr_d=typed.lr)
-    p.add_argument("-h", "--help", action="help", help="print this, for the --dataset that is given")
     for action in p._actions:
-        if action.default not in (None, argparse.SUPPRESS) and action.default is not False:
-            action.help = f"{action.help or ''} (%(default)s)"
+        if str(action.default) not in ("None", "False"):
+            action.help += " (%(default)s)"
+    p.add_argument("-h", "--help", action="help", help="print this, for the --dataset that is given")
     return argparse.Namespace(**vars(p.parse_args(argv)) | {"resume": typed.resume})
 
 @contextlib.contextmanager
 def atomic_write(path):
-    """Opens a temporary file beside `path`, moved there when the block ends well: nobody ever sees half a file."""
+    """Opens a file in a temporary folder beside `path`, moved there when the block ends well: never half a file."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    tmp = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with open(tmp, "wb") as f:
+    with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as folder:
+        with open(Path(folder, path.name), "wb") as f:
             yield f
             f.flush()
             os.fsync(f.fileno())
-        os.replace(tmp, path)
-    finally:
-        tmp.unlink(missing_ok=True)
+        os.replace(f.name, path)
 
 def draw_digit(i, size):
     """Picture i of the embedded data set: the digit i % 10 in grey, of varied weight, place and angle."""
@@ -302,20 +300,24 @@ def find_images(args):
         data = download(args)
         return range(len(data)), lambda i: data[i][0], np.asarray(data.targets), data.classes
     archive = zipfile.ZipFile(path) if zipfile.is_zipfile(path) else None  # read as it is, never extracted
-    if archive:
-        stamps = {info.filename: info.CRC for info in archive.infolist()}  # the cache is named after these, too
-    else:
-        stamps = {p.relative_to(path).as_posix(): p.stat().st_mtime_ns for p in path.rglob("*.*")}
+    stamps = ({info.filename: info.CRC for info in archive.infolist()} if archive else
+              {p.relative_to(path).as_posix(): p.stat().st_mtime_ns for p in path.rglob("*.*")})
     known = tuple(Image.registered_extensions())
-    names = {name: stamps[name] for name in sorted(stamps)
+    names = {name: stamps[name] for name in sorted(stamps)  # a dict: the cache is named after the stamps, too
              if name.lower().endswith(known) and "/." not in f"/{name}" and "__MACOSX" not in name}
     if not names:
         raise OSError(f"--dataset {path}: no images there; give {', '.join(DATASETS)}, a folder or a .zip")
     folders = [name.split("/")[:-1] for name in names]
     depth = len(os.path.commonprefix(folders))  # a class is the first folder below what all share: x/cat/1, x/dog/2
     kinds = ["".join(folder[depth:depth + 1]) for folder in folders]
-    if CONDITIONAL and args.attr:
-        kinds = celeba_attributes(args, names)
+    if CONDITIONAL and args.attr:  # "Smiling + not Male", from the table beside CelebA's pictures
+        table = min(Path(args.data_dir).rglob("list_attr_celeba.*"), default=Path(args.data_dir, "list_attr_celeba.txt"))
+        header, *rows = [row for line in table.open() if len(row := line.replace(",", " ").split()) > 1]
+        if not set(args.attr) <= set(header):
+            raise OSError(f"--attr {' '.join(args.attr)}: choose from {', '.join(header)}")
+        columns = {name: header.index(name) - len(header) for name in args.attr}  # a row begins with the file's name
+        shown = {row[0]: " + ".join("not " * (row[k] != "1") + name for name, k in columns.items()) for row in rows}
+        kinds = [shown[name.split("/")[-1]] for name in names]
     classes, labels = np.unique(kinds, return_inverse=True)
     classes = classes.tolist() if all(classes) else []
     return names, lambda name: Image.open(archive.open(name) if archive else path / name), labels, classes
@@ -329,16 +331,6 @@ def download(args):
     except (Exception, SystemExit) as e:  # no network, Google's quota, damaged files: the way out is one
         files = {"CelebA": "img_align_celeba.zip", "CIFAR10": "cifar-10-python.tar.gz"}.get(name, f"{name}/raw/*.gz")
         raise OSError(f"--dataset {args.dataset}: put {files} into {args.data_dir} yourself; no download: {e}") from e
-
-def celeba_attributes(args, names):
-    """What of --attr each picture shows, as in "Smiling + not Male", from the table beside CelebA's pictures."""
-    table = min(Path(args.data_dir).rglob("list_attr_celeba.*"), default=Path(args.data_dir, "list_attr_celeba.txt"))
-    header, *rows = [row for line in table.open() if len(row := line.replace(",", " ").split()) > 1]
-    if not set(args.attr) <= set(header):
-        raise OSError(f"--attr {' '.join(args.attr)}: choose from {', '.join(header)}")
-    columns = {name: header.index(name) - len(header) for name in args.attr}  # a row begins with the file's name
-    kinds = {row[0]: " + ".join("not " * (row[k] != "1") + name for name, k in columns.items()) for row in rows}
-    return [kinds[name.split("/")[-1]] for name in names]
 
 def to_pixels(img, size, nc):
     """PIL image of any kind -> bytes of size x size x nc: the short side resized, the centre cropped."""
@@ -431,7 +423,7 @@ def sample(args):
             raise OSError(f"--walk_dim {args.walk_dim}: this generator's latents have coordinates 0 to {nz - 1}")
         z = z[:1].repeat(n, 0)
         z[:, args.walk_dim] += 0.01 * np.arange(n)
-    # --interpolate: a great circle through two latents, closed, and every point on it again ~ N(0, 1)
+    # --interpolate: a great circle through two latents, closed, and every point on it again ~ N(0, 1); else t is 0
     t = np.linspace(0, 2 * np.pi, args.interpolate or 1, endpoint=False, dtype=np.float32)[:, None, None]
     z = (np.cos(t) * z + np.sin(t) * others).reshape(-1, nz)
     labels = np.tile(np.resize([numbers[name] for name in asked] or [0], n), len(t))
@@ -457,9 +449,9 @@ def load_checkpoint(path, scripts=(SCRIPT,)):
     with open(path, "rb") as f:
         try:
             ckpt = torch.load(f, map_location="cpu", weights_only=True)  # tensors and containers: no file can run code
+            wrote = ckpt.get("script")
         except Exception as e:  # damaged files make torch raise nearly anything
-            raise OSError(f"{path}: damaged, or more than tensors in it; of a pickled net, save net.state_dict()") from e
-    wrote = ckpt.get("script") if isinstance(ckpt, dict) else None
+            raise OSError(f"{path}: damaged, or no dict of tensors; of a pickled net, save net.state_dict()") from e
     if wrote not in scripts:
         raise OSError(f"{path}: not for {SCRIPT}.py, it was written by {f'{wrote}.py' if wrote else 'something else'}")
     return ckpt
@@ -476,8 +468,7 @@ def load_generator(path):
         raise OSError(f"{path}: no generator in it, at the top or under {', '.join(keys)}") from e
     netG = Generator(**config).eval()
     netG.load_state_dict(state)
-    numbers = [str(k) for k in range(config.get("n_classes", 0))]
-    return netG, ckpt.get("classes", numbers) if CONDITIONAL else []
+    return netG, (ckpt.get("classes") or [str(k) for k in range(config["n_classes"])]) if CONDITIONAL else []
 
 def pick_device(name):
     """torch.device of --device."""
@@ -493,7 +484,10 @@ class Run:
         if self.world > 1:
             if torch.cuda.is_available():
                 torch.cuda.set_device(local_rank)
-            dist.init_process_group(timeout=datetime.timedelta(hours=6))  # the others wait while one decodes
+            dist.init_process_group(timeout=datetime.timedelta(hours=6))
+            if local_rank == 0:  # one process of a machine downloads and decodes, the others find what it has cached
+                load_data(args)
+            dist.barrier()
         self.args, self.device = args, pick_device(args.device)
         cuda = self.device.type == "cuda"
         fast = torch.cuda.is_bf16_supported(False) if cuda else torch.cpu.get_capabilities().get("avx512_bf16", False)
@@ -504,11 +498,7 @@ class Run:
         if sys.platform == "linux":  # glibc would give freed blocks back and page them in again: 2 to 5 % of a step
             ctypes.CDLL(None).mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
             ctypes.CDLL(None).mallopt(-3, 2**30)  # M_MMAP_THRESHOLD
-        if local_rank > 0:
-            dist.barrier()  # one process of a machine downloads and decodes, the others find what it has cached
         images, labels, self.classes = load_data(args)
-        if local_rank == 0 and self.world > 1:
-            dist.barrier()
         self.batch = args.batch_size * self.world  # of all processes together
         if self.batch > len(images):
             raise OSError(f"--batch_size {args.batch_size}: a step needs {self.batch} images, there are {len(images)}")
@@ -538,23 +528,30 @@ class Run:
             self.step, self.old = ckpt["step"], ckpt["old"]
             self.seen = ckpt["seen"] // self.batch * self.batch
         self.begin()
+        last = False
         with self.bar:
-            while self.step < self.total and not self.should_stop():
+            while not last:
                 yield self.step, *self.next_batch()
                 self.step, self.seen = self.step + 1, self.seen + self.batch
                 self.bar.update()
-                if self.step % self.args.log_interval == 0:
-                    self.write_log()
-                if self.rank == 0:
-                    self.save_when_due()
+                last = self.step == self.total or self.should_stop()
+                keep = self.args.keep_every and self.seen % (self.args.keep_every * self.epoch_size) == 0
+                save = last or keep or self.step % self.interval == 0
+                if save or self.step % self.args.log_interval == 0:
+                    self.write_log()  # which checks the weights
+                if save and self.rank == 0:
+                    self.save(keep)
         self.end()
 
     def begin(self):
+        """Whatever is done once, before the first step."""
         args, classes = self.args, len(self.classes) if CONDITIONAL else 0
         self.total = args.max_steps or self.step + (args.epochs * self.epoch_size - self.seen) // self.batch
+        if self.step >= self.total:
+            raise OSError(f"--resume: {args.resume} has done its {self.step} steps; give more --epochs or --max_steps")
         self.interval = args.save_interval or max(100, self.total // 50)
-        self.inputs = latents(args.seed, 0, 1000, args.nz), np.arange(1000) % (classes or 1)
-        self.columns, self.n_grid = classes or 8, min(10 * classes, 1000) or 64
+        self.inputs = latents(args.seed, 0, 512, args.nz), np.arange(512) % (classes or 1)
+        self.columns, self.n_grid = classes or 8, 10 * classes or 64
         self.bar = tqdm(total=self.total, initial=self.step, unit="step", dynamic_ncols=True, disable=self.rank > 0)
         self.logged, self.log_time = self.step, time.perf_counter()
         for signum in (signal.SIGINT, signal.SIGTERM):
@@ -617,7 +614,7 @@ class Run:
         now = time.perf_counter()
         row["images/s"] = (self.step - self.logged) * self.batch / (now - self.log_time)
         self.values, self.logged, self.log_time = {}, self.step, now
-        self.bar.set_postfix({name: f"{value:.3g}" for name, value in row.items()})
+        self.bar.set_postfix(row)
         if self.rank > 0:
             return
         place = {"step": self.step, "epoch": self.seen / self.epoch_size, "time": time.time()}
@@ -627,35 +624,28 @@ class Run:
             for name, value in row.items():
                 self.writer.add_scalar(name, value, self.step)
 
-    def save_when_due(self):
-        epochs, rest = divmod(self.seen, self.epoch_size)
-        if self.args.keep_every and rest == 0 and epochs % self.args.keep_every == 0:
-            self.save(f"checkpoint_epoch_{epochs:04d}.pt")
-        if self.step % self.interval == 0 or self.step == self.total:
-            self.save("checkpoint.pt")
-            images = generate(self.state["netG_ema"], *(x[:self.n_grid] for x in self.inputs))
-            save_grid(self.out_dir / "samples" / f"step_{self.step:08d}.png", [images], self.columns)
-            if self.args.tensorboard:
-                self.writer.add_images("samples", images, self.step, dataformats="NHWC")
-                self.writer.flush()
-
-    def save(self, name):
-        """A checkpoint. netG's average gets BatchNorm statistics of its own (Izmailov et al. 2018, section 3.2)."""
-        if self.values:
-            self.write_log()  # which checks the weights
+    def save(self, keep):
+        """A checkpoint and a grid. netG_ema gets BatchNorm statistics of its own (Izmailov et al. 2018, section 3.2)."""
         netG = self.state["netG_ema"].train()
         for layer in netG.modules():
             if isinstance(layer, (nn.BatchNorm1d, nn.BatchNorm2d)):
                 layer.reset_running_stats()
                 layer.momentum = None  # the mean over batches
-        generate(netG, *(x[:512] for x in self.inputs))
+        generate(netG, *self.inputs)
         netG.eval()
         ckpt = {"script": SCRIPT, "args": vars(self.args), "config": netG.config, "classes": self.classes,
                 "step": self.step, "seen": self.seen, "old": self.old}
         buffer = io.BytesIO()  # torch.save into a file hides why it fails
         torch.save(ckpt | {name: part.state_dict() for name, part in self.state.items()}, buffer)
-        with atomic_write(self.out_dir / name) as f:
-            f.write(buffer.getbuffer())
+        names = ["checkpoint.pt", f"checkpoint_epoch_{self.seen // self.epoch_size:04d}.pt"]
+        for name in names if keep else names[:1]:
+            with atomic_write(self.out_dir / name) as f:
+                f.write(buffer.getbuffer())
+        images = generate(netG, *(x[:self.n_grid] for x in self.inputs))
+        save_grid(self.out_dir / "samples" / f"step_{self.step:08d}.png", [images], self.columns)
+        if self.args.tensorboard:
+            self.writer.add_images("samples", images, self.step, dataformats="NHWC")
+            self.writer.flush()
 
     def should_stop(self):
         """Whether a signal came to any process. These agree on it in every tenth step: asking waits for the GPU."""
@@ -668,17 +658,15 @@ class Run:
         return self.signum > 0
 
     def end(self):
-        """After Ctrl-C or another signal a checkpoint; else samples.gif."""
+        """samples.gif; or, after a signal, the exit."""
         if self.rank == 0 and self.step < self.total:
-            self.save("checkpoint.pt")
             print(f"stopped at step {self.step}; go on with: python {SCRIPT}.py --resume {self.out_dir}")
         elif self.rank == 0:
             files = sorted((self.out_dir / "samples").glob("step_*.png"))
             files = files[::-(len(files) // 100 + 1)][::-1]  # 100 are enough
             frames = [np.asarray(Image.open(file).convert("RGB"))[None] for file in files]
             save_grid(self.out_dir / "samples.gif", frames, 1, [200] * (len(frames) - 1) + [1000])
-            print(f"done: {self.out_dir}; more pictures: python {SCRIPT}.py --sample {self.out_dir}; "
-                  f"more steps: --resume {self.out_dir} --max_steps N")
+            print(f"done: {self.out_dir}; more pictures: python {SCRIPT}.py --sample {self.out_dir}")
         if self.step < self.total:
             sys.exit(128 + self.signum)
 

@@ -78,11 +78,12 @@ def test_checkpoints_that_cannot_be_used(script, capfd):
     assert "legacy.pth" in error_of(capfd, main, script, "--resume legacy.pth")  # weights without a run
 
 def test_resume_that_cannot_be(capfd):
-    """With other nets, or by another script: the checkpoint stays as it is."""
+    """With other nets, by another script, of a finished run: the checkpoint stays as it is."""
     train(dcgan, "--epochs 1")
     before = Path("run/checkpoint.pt").read_bytes()
     for flags in ("--ngf 8", "--ndf 8", "--nz 9", "--img_size 32", "--nc 3", "--sn"):
         assert "state_dict" in error_of(capfd, main, dcgan, "--resume run --max_steps 12", flags)
+    assert "--epochs" in error_of(capfd, main, dcgan, "--resume run")
     for flag in ("--resume", "--sample"):
         assert "dcgan.py" in error_of(capfd, main, gan, flag, "run/checkpoint.pt")
     assert Path("run/checkpoint.pt").read_bytes() == before
