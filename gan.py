@@ -503,7 +503,7 @@ class Run:
         if self.batch > len(images):
             raise OSError(f"--batch_size {args.batch_size}: a step needs {self.batch} images, there are {len(images)}")
         self.epoch_size = len(images) // self.batch * self.batch  # what is left over fills no batch
-        where = self.device if cuda and images.nbytes < torch.cuda.mem_get_info()[0] / 2 else "cpu"
+        where = self.device if cuda and images.nbytes < torch.cuda.mem_get_info(self.device)[0] / 2 else "cpu"
         self.images, self.labels = torch.from_numpy(images).to(where), torch.from_numpy(labels).to(where)
         self.step = self.seen = self.signum = 0  # seen: images, by all processes
         self.old, self.values = [], {}  # fakes for --replay; what is to be logged
@@ -514,8 +514,10 @@ class Run:
         """net, compiled with --compile; under torchrun in DistributedDataParallel, which averages gradients."""
         if self.args.compile:
             net.compile(dynamic=False)  # in place: names stay; forward() is as it was, for second derivatives
-        # broadcast_buffers: it would come between netD's two forwards, and spoil the backward.
-        return DistributedDataParallel(net, broadcast_buffers=False) if self.world > 1 else net
+        if self.world > 1:
+            net = DistributedDataParallel(net)
+            net.broadcast_buffers = False  # a broadcast between netD's two forwards would spoil the backward
+        return net
 
     def steps(self, **state):
         """Yields (step, real (N, nc, H, W) in [-1, 1], labels (N), numbers of self.classes) until the run is done.
@@ -534,14 +536,18 @@ class Run:
                 yield self.step, *self.next_batch()
                 self.step, self.seen = self.step + 1, self.seen + self.batch
                 self.bar.update()
-                last = self.step == self.total or self.should_stop()
+                stop = self.stop_signal()
+                last = stop or self.step == self.total
                 keep = self.args.keep_every and self.seen % (self.args.keep_every * self.epoch_size) == 0
                 save = last or keep or self.step % self.interval == 0
                 if save or self.step % self.args.log_interval == 0:
                     self.write_log()  # which checks the weights
                 if save and self.rank == 0:
                     self.save(keep)
-        self.end()
+        if self.rank == 0:
+            self.end()
+        if self.step < self.total:
+            sys.exit(128 + stop)
 
     def begin(self):
         """Whatever is done once, before the first step."""
@@ -647,28 +653,26 @@ class Run:
             self.writer.add_images("samples", images, self.step, dataformats="NHWC")
             self.writer.flush()
 
-    def should_stop(self):
-        """Whether a signal came to any process. These agree on it in every tenth step: asking waits for the GPU."""
-        if self.world > 1:
-            if self.step % 10:
-                return False
-            signum = torch.tensor(self.signum, device=self.device)
-            dist.all_reduce(signum, dist.ReduceOp.MAX)
-            self.signum = int(signum)
-        return self.signum > 0
+    def stop_signal(self):
+        """The signal, or 0, that all processes have agreed on: in every tenth step, for asking waits for the GPU."""
+        if self.world == 1:
+            return self.signum
+        if self.step % 10:
+            return 0
+        signum = torch.tensor(self.signum, device=self.device)
+        dist.all_reduce(signum, dist.ReduceOp.MAX)
+        return int(signum)
 
     def end(self):
-        """samples.gif; or, after a signal, the exit."""
-        if self.rank == 0 and self.step < self.total:
-            print(f"stopped at step {self.step}; go on with: python {SCRIPT}.py --resume {self.out_dir}")
-        elif self.rank == 0:
-            files = sorted((self.out_dir / "samples").glob("step_*.png"))
-            files = files[::-(len(files) // 100 + 1)][::-1]  # 100 are enough
-            frames = [np.asarray(Image.open(file).convert("RGB"))[None] for file in files]
-            save_grid(self.out_dir / "samples.gif", frames, 1, [200] * (len(frames) - 1) + [1000])
-            print(f"done: {self.out_dir}; more pictures: python {SCRIPT}.py --sample {self.out_dir}")
+        """samples.gif, and what to do next."""
         if self.step < self.total:
-            sys.exit(128 + self.signum)
+            print(f"stopped at step {self.step}; go on with: python {SCRIPT}.py --resume {self.out_dir}")
+            return
+        files = sorted((self.out_dir / "samples").glob("step_*.png"))
+        files = files[::-(len(files) // 100 + 1)][::-1]  # 100 are enough
+        frames = [np.asarray(Image.open(file).convert("RGB"))[None] for file in files]
+        save_grid(self.out_dir / "samples.gif", frames, 1, [200] * (len(frames) - 1) + [1000])
+        print(f"done: {self.out_dir}; more pictures: python {SCRIPT}.py --sample {self.out_dir}")
 
 def main():
     """One line, exit code 1, for what the user can mend: files, values, memory. All else keeps its traceback."""
