@@ -43,7 +43,7 @@ from torch.nn.utils.parametrizations import spectral_norm
 from tqdm import tqdm
 
 CONDITIONAL = True  # for the plumbing: is netG told a class, netG(z, labels)?
-RECIPES = {  # --recipe: what flags are by default, on any data; "paper" where its authors chose otherwise
+RECIPES = {  # --recipe: defaults of any flags, on any data; "paper" where its authors chose otherwise
     "default": {
         "ngf": 64, "ndf": 32, "init": "dcgan", "dropout": 0.0, "ema": 0.999,
         "gp": "r1", "gp_weight": 0.9, "gp_every": 4, "batch_size": 32, "lr_g": 2e-3, "lr_d": 1e-3, "lr_decay": "linear",
@@ -240,7 +240,7 @@ def get_args(argv=None):
     add("--max_images", type=positive, help="a random subset of this many; digits: draw this many")
     add = p.add_argument_group("optimisation").add_argument
     add("--recipe", choices=RECIPES, default="default", help="paper: what its authors chose; other flags outrank it")
-    add("--max_steps", type=positive, default=24000, help="length of the run")
+    add("--max_steps", type=positive, default=24000, help="length of the run, in steps of netD")
     add("--epochs", type=positive, help="length in passes over the data, in place of --max_steps")
     add("--batch_size", type=positive, help="images per process and step")
     add("--lr", type=float, help="learning rate of both nets, in place of --lr_g and --lr_d")
