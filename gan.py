@@ -557,7 +557,7 @@ class Run:
             raise OSError(f"--resume: {args.resume} has done its {self.step} steps; give more --epochs or --max_steps")
         self.interval = args.save_interval or max(100, self.total // 50)
         self.inputs = latents(args.seed, 0, 512, args.nz), np.arange(512) % (classes or 1)
-        self.columns, self.n_grid = classes or 8, 10 * classes or 64
+        self.columns, self.n_grid = min(classes, 100) or 8, 10 * classes or 64
         self.bar = tqdm(total=self.total, initial=self.step, unit="step", dynamic_ncols=True, disable=self.rank > 0)
         self.logged, self.log_time = self.step, time.perf_counter()
         for signum in (signal.SIGINT, signal.SIGTERM):
@@ -613,8 +613,8 @@ class Run:
     def write_log(self):
         """A line of log.jsonl, the bar and TensorBoard. Stops the run where losses or weights are not finite."""
         row = {name: torch.stack(values).float().mean().item() for name, values in self.values.items()}
-        norm = torch.nn.utils.get_total_norm(self.state["netG_ema"].parameters()).item()
-        if not all(map(math.isfinite, (norm, *row.values()))):
+        weights = [w for part in self.state.values() if isinstance(part, nn.Module) for w in part.parameters()]
+        if not all(map(math.isfinite, (nn.utils.get_total_norm(weights).item(), *row.values()))):
             raise FloatingPointError(f"losses or weights are not finite at step {self.step}: try a lower --lr, --gp r1 "
                                      "or --precision fp32; the last checkpoint is good")
         now = time.perf_counter()

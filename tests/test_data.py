@@ -92,7 +92,7 @@ def test_unreadable_images_are_named_and_skipped(folder, capfd):
 def test_cache_is_used_and_rebuilt(folder, monkeypatch):
     images, *_ = load(folder)
     assert isinstance(images, np.memmap)
-    (name,) = os.listdir("data/cache")
+    assert len(os.listdir("data/cache")) == 1
     with monkeypatch.context() as patch:
         patch.setattr(dcgan, "to_pixels", None)  # nothing is decoded again
         np.testing.assert_array_equal(load(folder)[0], images)
@@ -105,7 +105,6 @@ def test_cache_is_used_and_rebuilt(folder, monkeypatch):
     some, labels, _ = load(folder, "--max_images 10")
     assert (len(some), set(labels.tolist())) == (10, {0, 1})
     assert len(os.listdir("data/cache")) == 4
-    assert name in os.listdir("data/cache")
 
 def idx(array):
     return struct.pack(f">HBB{array.ndim}I", 0, 8, array.ndim, *array.shape) + array.tobytes()

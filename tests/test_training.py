@@ -203,11 +203,14 @@ def test_replay_shows_netD_old_fakes():
         assert labels.min() >= step - 8
     assert (labels < step).any()
 
-def test_divergence_stops_and_keeps_the_last_good_state(script, capfd):
-    good = train(script, "--max_steps 2")
+def test_divergence_stops_and_keeps_the_last_good_state(script, capfd, watch):
+    good, looks = train(script, "--max_steps 2"), []
+    watch(script, lambda state: looks.append(1) or len(looks) == 2 and next(state["netD"].parameters()).data.fill_(np.nan))
+    assert "--lr" in error_of(capfd, resume, script, "--max_steps 8 --save_interval 1")  # its losses are finite still
+    assert rows()[-1]["step"] == 2
     assert "--lr" in error_of(capfd, resume, script, "--lr 1e30 --max_steps 8 --save_interval 1")
     left = script.load_checkpoint("run/checkpoint.pt", [script.SCRIPT])
-    assert all(value.isfinite().all() for value in left["netG"].values())
+    assert all(value.isfinite().all() for net in ("netG", "netD", "netG_ema") for value in left[net].values())
     assert left["step"] >= good["step"]
 
 CHECK = f"""
