@@ -132,7 +132,7 @@ def weights_init(net, init="dcgan"):
             nn.init.normal_(m.weight, 1.0, 0.02)
 
 def d_loss(real, fake, args):
-    """From netD's logits (N): -log D(x) - log(1 - D(G(z))), Goodfellow et al. 2014, eq. 1; or hinge, Miyato et al. 2018."""
+    """From netD's logits (N): -log D(x) - log(1 - D(G(z))), Goodfellow et al. 2014, eq. 1; or hinge, Miyato 2018."""
     if args.loss == "hinge":
         return F.relu(1 - real).mean() + F.relu(1 + fake).mean()
     return (F.binary_cross_entropy_with_logits(real, torch.full_like(real, args.real_label))
@@ -331,7 +331,8 @@ def find_images(args):
     depth = len(os.path.commonprefix(folders))  # a class is the first folder below what all share: x/cat/1, x/dog/2
     kinds = ["".join(folder[depth:depth + 1]) for folder in folders]
     if CONDITIONAL and args.attr:  # "Smiling + not Male", from the table beside CelebA's pictures
-        table = min(Path(args.data_dir).rglob("list_attr_celeba.*"), default=Path(args.data_dir, "list_attr_celeba.txt"))
+        data = Path(args.data_dir)
+        table = min(data.rglob("list_attr_celeba.*"), default=data / "list_attr_celeba.txt")
         header, *rows = [row for line in table.open() if len(row := line.replace(",", " ").split()) > 1]
         if not set(args.attr) <= set(header):
             raise OSError(f"--attr {' '.join(args.attr)}: choose from {', '.join(header)}")
@@ -551,7 +552,7 @@ class Run:
             self.seen = ckpt["seen"] // self.batch * self.batch
         self.begin()
         last = False
-        with self.bar:
+        with tqdm(total=self.total, initial=self.step, unit="step", disable=self.rank > 0) as self.bar:
             while not last:
                 yield self.step, *self.next_batch()
                 self.step, self.seen = self.step + 1, self.seen + self.batch
@@ -578,7 +579,6 @@ class Run:
         self.interval = args.save_interval or max(100, self.total // 50)
         self.inputs = latents(args.seed, 0, 512, args.nz), np.arange(512) % (classes or 1)
         self.columns, self.n_grid = min(classes, 100) or 8, 10 * classes or 64
-        self.bar = tqdm(total=self.total, initial=self.step, unit="step", dynamic_ncols=True, disable=self.rank > 0)
         self.logged, self.log_time = self.step, time.perf_counter()
         for signum in (signal.SIGINT, signal.SIGTERM):
             signal.signal(signum, lambda signum, frame: setattr(self, "signum", signum))  # heeded after the step
@@ -651,7 +651,7 @@ class Run:
                 self.writer.add_scalar(name, value, self.step)
 
     def save(self, keep):
-        """A checkpoint and a grid. netG_ema gets BatchNorm statistics of its own (Izmailov et al. 2018, section 3.2)."""
+        """A checkpoint and a grid. netG_ema gets BatchNorm statistics of its own (Izmailov et al. 2018, section 3)."""
         netG = self.state["netG_ema"].train()
         for layer in netG.modules():
             if isinstance(layer, (nn.BatchNorm1d, nn.BatchNorm2d)):
