@@ -626,8 +626,8 @@ static int choose_gpu(const Options& o) {
   const int gpus = gpu_count();
   const int gpu = (int)std::max<int64_t>(o.device_id, 0);
   if (o.device_id >= gpus)
-    throw Error("--device_id " + std::to_string(gpu) + ": there are " + std::to_string(gpus) +
-                " GPUs here, numbered from 0");
+    throw Error("--device_id " + std::to_string(gpu) + ": this machine has " + std::to_string(gpus) +
+                (gpus == 1 ? " GPU" : " GPUs") + ", numbered from 0");
   if (o.provider == "cuda" && !gpus)
     throw Error("--provider cuda: no NVIDIA GPU with a driver is here; take --provider cpu");
   if (!gpus) return -1;
