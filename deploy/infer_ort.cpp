@@ -96,6 +96,13 @@ inline void latents(uint64_t seed, uint64_t start, int64_t n, int64_t nz, float*
   }
 }
 
+// A value of a file's metadata.
+inline std::string lookup(const Ort::Session& session, const char* key, const std::string& otherwise) {
+  Ort::AllocatorWithDefaultOptions allocator;
+  const auto value = session.GetModelMetadata().LookupCustomMetadataMapAllocated(key, allocator);
+  return value ? value.get() : otherwise;
+}
+
 // What a generator's float pictures hold, and how they become pixels: x * scale + offset, clamped to 0
 // and 255, truncated.
 struct Range {
@@ -144,9 +151,7 @@ class Generator {
   }
 
   std::string metadata(const char* key, const std::string& otherwise) const {
-    Ort::AllocatorWithDefaultOptions allocator;
-    auto value = session_.GetModelMetadata().LookupCustomMetadataMapAllocated(key, allocator);
-    return value ? value.get() : otherwise;
+    return lookup(session_, key, otherwise);
   }
 
   static constexpr int64_t any_class = INT64_MAX;
@@ -600,9 +605,14 @@ static int gpu_count() {
   return n;
 }
 
+static std::string in_one_line(std::string text) {
+  std::replace_if(text.begin(), text.end(), [](unsigned char c) { return c < ' '; }, ' ');
+  return text;
+}
+
 // The end of ONNX Runtime's message says why; what stands before it, and after "; GPU=", says where.
 static std::string reason(const Ort::Exception& e) {
-  std::string said = e.what();
+  std::string said = in_one_line(e.what());
   said = said.substr(0, said.find(" ; GPU="));
   return said.size() > 200 ? "..." + said.substr(said.size() - 200) : said;
 }
@@ -612,11 +622,7 @@ static std::string stated_precision(const fs::path& model) {
   const Ort::Env env(ORT_LOGGING_LEVEL_FATAL, "infer_ort");
   Ort::SessionOptions options;
   options.SetGraphOptimizationLevel(ORT_DISABLE_ALL);
-  const Ort::Session session(env, model.c_str(), options);
-  Ort::AllocatorWithDefaultOptions allocator;
-  const auto metadata = session.GetModelMetadata();
-  const auto value = metadata.LookupCustomMetadataMapAllocated("precision", allocator);
-  return value ? value.get() : "";
+  return lookup(Ort::Session(env, model.c_str(), options), "precision", "");
 }
 
 // The GPU to try, or -1 for none. auto takes the CPU for an int8 file, which CUDA would compute in float,
@@ -655,8 +661,8 @@ static void run(const Options& o) {
   }
   Generator gen(o.model, (int)o.threads);  // throws where not CUDA is at fault, but the file
   if (o.provider == "cuda")
-    throw Error("--provider cuda: " + o.model + ": " + failure + "; are CUDA and cuDNN installed? "
-                "Else take --provider cpu, or a file of export.py --precision fp16");
+    throw Error("--provider cuda: " + o.model + ": " + failure + "; take --provider cpu, a file of "
+                "export.py --precision fp16, or the CUDA and cuDNN that this ONNX Runtime wants");
   if (!failure.empty())
     std::cerr << "infer_ort: warning: there is a GPU, but the CPU does all the work: " << failure
               << std::endl;
@@ -679,8 +685,6 @@ int main(int argc, char** argv) {
   } catch (const std::exception& e) {
     message = e.what();
   }
-  // one line, whatever line breaks a message has
-  std::replace_if(message.begin(), message.end(), [](unsigned char c) { return c < ' '; }, ' ');
-  std::cerr << "infer_ort: error: " << message << std::endl;
+  std::cerr << "infer_ort: error: " << in_one_line(message) << std::endl;
   return message.rfind("--", 0) == 0 ? 2 : 1;
 }

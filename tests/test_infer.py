@@ -241,7 +241,8 @@ def foreign(shape_in, shape_out, label=False):
                  node("Sub", ["tenth", "half"], ["value"])]
     nodes += [node("Reshape", ["value", "four"], ["one"]), node("Expand", ["one", "size"], ["image"])]
     constants = [tensor("four", TensorProto.INT64, [4], [-1, 1, 1, 1]), tensor("ten", TensorProto.FLOAT, [], [10.0]),
-                 tensor("half", TensorProto.FLOAT, [], [0.5]), tensor("size", TensorProto.INT64, [4], [1, *shape_out[1:]])]
+                 tensor("half", TensorProto.FLOAT, [], [0.5]),
+                 tensor("size", TensorProto.INT64, [4], [1, *shape_out[1:]])]
     save_graph("foreign.onnx", nodes, inputs, [info("image", TensorProto.FLOAT, shape_out)], constants)
 
 @pytest.mark.parametrize("shape_in", [["n", 12], ["n", 12, 1, 1], [4, 12]])
@@ -375,8 +376,9 @@ def sigmoid(low, high, shape_in=("n", 12), label=False):
     constants += [tensor("one", TensorProto.INT64, [4], [-1, 1, 1, 1]),
                   tensor("shape", TensorProto.INT64, [4], [1, 3, 8, 10])]
     nodes = [node("ReduceMean", ["z"], ["mean"], axes=[1], keepdims=1), node("Mul", ["mean", "steep"], ["x"]),
-             node("Sigmoid", ["x"], ["y"]), node("Mul", ["y", "size"], ["sized"]), node("Add", ["sized", "low"], ["pixel"]),
-             node("Reshape", ["pixel", "one"], ["image"]), node("Expand", ["image", "shape"], ["images"])]
+             node("Sigmoid", ["x"], ["y"]), node("Mul", ["y", "size"], ["sized"]),
+             node("Add", ["sized", "low"], ["pixel"]), node("Reshape", ["pixel", "one"], ["image"]),
+             node("Expand", ["image", "shape"], ["images"])]
     inputs = [info("z", TensorProto.FLOAT, shape_in)] + [info("labels", TensorProto.INT64, shape_in[:1])] * label
     save_graph("sigmoid.onnx", nodes, inputs, [info("images", TensorProto.FLOAT, [shape_in[0], 3, 8, 10])], constants)
     return lambda seed, n: low + (high - low) / (1 + np.exp(-4 * infer_ort.latents(seed, 0, n, 12).mean(1)))
@@ -420,7 +422,7 @@ def test_numbers_have_ranges_in_cpp(need_cpp):
 def test_cpp_with_a_gpu_that_cannot_be_used(need_cpp, monkeypatch):
     """A driver that counts two GPUs, and nothing else of CUDA."""
     code = "int cuInit(unsigned x) { return x; } int cuDeviceGetCount(int *n) { *n = 2; return 0; }"
-    subprocess.run(["cc", "-shared", "-fPIC", "-x", "c", "-", "-o", "libcuda.so.1"], input=code, text=True, check=True)
+    subprocess.run(["c++", "-shared", "-fPIC", "-x", "c", "-", "-o", "libcuda.so.1"], input=code, text=True, check=True)
     monkeypatch.setenv("LD_LIBRARY_PATH", os.getcwd())
     plain, int8 = model_of("dcgan"), model_of("dcgan", "--precision int8 --uint8")
     infer(plain, "--n_samples 5")
