@@ -13,11 +13,12 @@ import time
 from io import BytesIO
 from pathlib import Path
 
+import numpy as np
 import pytest
 from conftest import ROOT, SCRIPTS
 from PIL import Image
 from test_export import KEPT, model_of
-from test_infer import far, foreign, infer, run_cpp, sampled
+from test_infer import far, foreign, infer, pixels_of, run_cpp, sampled, sigmoid
 
 ORT = Path(os.environ.get("GAN_ORT_WEB", "nowhere"), "node_modules/onnxruntime-web/dist").resolve()
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
@@ -56,11 +57,15 @@ class Page:
     def open(self, path, seed=0, n=50):
         self.tell("Page.navigate", url=f"{self.url}/infer_ort.html?ort=ort/&number={n}&model={path}&seed={seed}")
 
-    def same(self, model, seed, n=50, argv=""):
-        """The picture of the seed, which each model needs to have of its own, is that of infer_ort.py (on white)."""
+    def save(self, seed, n):
+        """page.png: the grid of the seed, which each model needs to have of its own, on white."""
         self.wait(f"document.querySelector('canvas')?.ariaLabel === '{n} pictures of seed {seed}'")
         image = Image.open(BytesIO(base64.b64decode(self.wait("canvas.toDataURL().split(',')[1]"))))
         Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).save("page.png")
+
+    def same(self, model, seed, n=50, argv=""):
+        """The picture of the seed is that of infer_ort.py."""
+        self.save(seed, n)
         infer(model, f"--n_samples {n} --seed {seed}", argv, out="python.png")
         assert far("page.png", "python.png") <= 1
 
@@ -96,6 +101,20 @@ def test_pictures_are_those_of_infer_ort(page):
         model = shutil.move("foreign.onnx", f"foreign{seed}.onnx")  # or the browser might show the first again
         page.open(model, seed)
         page.same(model, seed)
+
+def test_the_range_of_foreign_pictures_is_recognised(page):
+    """One that ends in a sigmoid would be washed out; what was recognised stands under the title."""
+    ranges = ((-1, 1, "[-1, 1]"), (0, 1, "[0, 1]"), (0, 255, "[0, 255]"), (0, 800, "[-1, 1]"))
+    for seed, (low, high, name) in enumerate(ranges):
+        want = pixels_of(sigmoid(low, high, (5, 12), label=seed % 2)(seed, 16), name)
+        model = shutil.move("sigmoid.onnx", f"sigmoid{seed}.onnx")
+        page.open(model, seed, 16)
+        page.save(seed, 16)
+        assert f" {name} " in page.wait("message.innerText")
+        columns = 10 if seed % 2 else 4  # a multiple of the classes
+        grid = np.asarray(Image.open("page.png").convert("L")).astype(int)
+        got = [grid[2 + i // columns * 10, 2 + i % columns * 12] for i in range(16)]
+        assert np.abs(got - want).max() <= 1
 
 def test_what_is_wrong_becomes_a_line(page):
     Path("text.onnx").write_text("I am no model")

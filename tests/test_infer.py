@@ -2,6 +2,7 @@
 
 import functools
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -229,16 +230,18 @@ def save_graph(name, nodes, inputs, outputs, initializers=()):
     onnx.save(file, name)
 
 def foreign(shape_in, shape_out, label=False):
-    """An ONNX file of another origin: each pixel is tanh of the mean of z, or a tenth of the label."""
+    """An ONNX file of another origin: each pixel is tanh of the mean of z, or a tenth of the label less a half."""
     node, tensor, info = helper.make_node, helper.make_tensor, helper.make_tensor_value_info
     inputs = [info("noise", TensorProto.FLOAT, shape_in)]
     nodes = [node("Flatten", ["noise"], ["flat"]), node("ReduceMean", ["flat"], ["mean"], axes=[1], keepdims=1),
              node("Tanh", ["mean"], ["value"])]
     if label:
         inputs.insert(0, info("class", TensorProto.INT64, ["n"]))
-        nodes = [node("Cast", ["class"], ["real"], to=TensorProto.FLOAT), node("Div", ["real", "ten"], ["value"])]
+        nodes = [node("Cast", ["class"], ["real"], to=TensorProto.FLOAT), node("Div", ["real", "ten"], ["tenth"]),
+                 node("Sub", ["tenth", "half"], ["value"])]
     nodes += [node("Reshape", ["value", "four"], ["one"]), node("Expand", ["one", "size"], ["image"])]
     constants = [tensor("four", TensorProto.INT64, [4], [-1, 1, 1, 1]), tensor("ten", TensorProto.FLOAT, [], [10.0]),
+                 tensor("half", TensorProto.FLOAT, [], [0.5]),
                  tensor("size", TensorProto.INT64, [4], [1, *shape_out[1:]])]
     save_graph("foreign.onnx", nodes, inputs, [info("image", TensorProto.FLOAT, shape_out)], constants)
 
@@ -258,7 +261,7 @@ def test_foreign_generators(shape_in, shape_out, cpp):
 def test_foreign_conditional_generator(capfd, cpp):
     foreign(["n", 12], ["n", 3, 8, 8], label=True)
     got = infer("foreign.onnx", "--labels 0,5 --n_samples 4")
-    assert got["arr_0"][:, 0, 0, 0].tolist() == [128, 191, 128, 191]
+    assert got["arr_0"][:, 0, 0, 0].tolist() == [64, 128, 64, 128]
     assert "--labels" in error_of(capfd, infer, "foreign.onnx")
     if cpp:
         run_cpp(cpp, "foreign.onnx --labels 0,5 --n_samples 4 --out cpp.npy")
@@ -364,6 +367,77 @@ def test_what_cpp_alone_could_get_wrong(need_cpp):
     assert (done.returncode, done.stderr.count("\n")) == (2, 1)
     assert "--out big.npy" in done.stderr
     assert not [name for name in os.listdir(".") if "big" in name]
+
+def sigmoid(low, high, shape_in=("n", 12), label=False):
+    """A foreign generator with an end of its own: each pixel is in [low, high]. Returns its values for a seed."""
+    node, tensor, info = helper.make_node, helper.make_tensor, helper.make_tensor_value_info
+    numbers = {"steep": 4.0, "size": high - low, "low": low}
+    constants = [tensor(name, TensorProto.FLOAT, [1], [x]) for name, x in numbers.items()]
+    constants += [tensor("one", TensorProto.INT64, [4], [-1, 1, 1, 1]),
+                  tensor("shape", TensorProto.INT64, [4], [1, 3, 8, 10])]
+    nodes = [node("ReduceMean", ["z"], ["mean"], axes=[1], keepdims=1), node("Mul", ["mean", "steep"], ["x"]),
+             node("Sigmoid", ["x"], ["y"]), node("Mul", ["y", "size"], ["sized"]),
+             node("Add", ["sized", "low"], ["pixel"]), node("Reshape", ["pixel", "one"], ["image"]),
+             node("Expand", ["image", "shape"], ["images"])]
+    inputs = [info("z", TensorProto.FLOAT, shape_in)] + [info("labels", TensorProto.INT64, shape_in[:1])] * label
+    save_graph("sigmoid.onnx", nodes, inputs, [info("images", TensorProto.FLOAT, [shape_in[0], 3, 8, 10])], constants)
+    return lambda seed, n: low + (high - low) / (1 + np.exp(-4 * infer_ort.latents(seed, 0, n, 12).mean(1)))
+
+def pixels_of(x, name):
+    scale, offset = {"[-1, 1]": (127.5, 128), "[0, 1]": (255, 0.5), "[0, 255]": (1, 0.5)}[name]
+    return np.floor((x * scale + offset).clip(0, 255))
+
+@pytest.mark.parametrize(("low", "high", "name"), [(-1, 1, "[-1, 1]"), (0, 1, "[0, 1]"), (0, 255, "[0, 255]"),
+                                                   (-0.5, 0.9, "[-1, 1]"), (0, 800, "[-1, 1]")])
+def test_cpp_recognises_the_range_of_foreign_pictures(need_cpp, low, high, name):
+    """One that ends in a sigmoid would be washed out; labels and fixed sizes of batches, which differ from 16, too."""
+    for shape_in, label in ((["n", 12], False), ([5, 12], False), (["n", 12], True)):
+        want = pixels_of(sigmoid(low, high, shape_in, label)(3, 20), name)
+        done = run_cpp(need_cpp, "sigmoid.onnx --n_samples 20 --seed 3 --out x.npy", *["--labels 0"] * label)
+        assert f"taken to be in {name}" in done.stderr
+        assert far(np.load("x.npy")[:, 0, 0, 0], want) <= 1
+
+def test_cpp_believes_a_stated_range(need_cpp):
+    want = pixels_of(sigmoid(0, 1)(3, 20), "[-1, 1]")
+    file = onnx.load("sigmoid.onnx")
+    helper.set_model_props(file, {"value_range": "-1 to 1"})
+    onnx.save(file, "sigmoid.onnx")
+    assert not run_cpp(need_cpp, "sigmoid.onnx --n_samples 20 --seed 3 --out x.npy").stderr
+    assert far(np.load("x.npy")[:, 0, 0, 0], want) <= 1
+
+def test_numbers_have_ranges_in_cpp(need_cpp):
+    """--help keeps the largest ones from being tried."""
+    ranges = {"n_samples": (1, 2**53), "batch_size": (1, 2**53), "seed": (0, 2**63 - 1), "start": (0, 2**53),
+              "threads": (0, 1024), "device_id": (0, 1023)}
+    assert set(ranges) == set(re.findall(r"\[--(\w+) N\]", run_cpp(need_cpp, "--help").stdout))
+    for flag, (low, high) in ranges.items():
+        for good in (low, high):
+            run_cpp(need_cpp, f"--help --{flag} {good}")
+        for bad in (low - 1, high + 1, 10**30, "1.5", "nan", "1x"):
+            done = run_cpp(need_cpp, f"--help --{flag} {bad}", check=False)
+            assert (done.returncode, done.stderr.count("\n")) == (2, 1)
+            assert done.stderr.startswith(f"infer_ort: error: --{flag} {bad}: ")
+
+@pytest.mark.skipif(sys.platform != "linux" or infer_ort.gpu_count() > 0, reason="there is a GPU")
+def test_cpp_with_a_gpu_that_cannot_be_used(need_cpp, monkeypatch):
+    """A driver that counts two GPUs, and nothing else of CUDA."""
+    code = "int cuInit(unsigned x) { return x; } int cuDeviceGetCount(int *n) { *n = 2; return 0; }"
+    subprocess.run(["c++", "-shared", "-fPIC", "-x", "c", "-", "-o", "libcuda.so.1"], input=code, text=True, check=True)
+    monkeypatch.setenv("LD_LIBRARY_PATH", os.getcwd())
+    plain, int8 = model_of("dcgan"), model_of("dcgan", "--precision int8 --uint8")
+    infer(plain, "--n_samples 5")
+    warned = run_cpp(need_cpp, plain, "--n_samples 5 --out x.npy").stderr
+    assert warned.startswith("infer_ort: warning: ")
+    assert warned.count("\n") == 1
+    np.testing.assert_array_equal(np.load("x.npy"), arrays("x.npz")["arr_0"])
+    for model, flags in ((plain, "--provider cpu"), (int8, "")):  # neither takes a GPU
+        assert not run_cpp(need_cpp, model, flags, "--n_samples 5 --out x.npy").stderr
+    for flags, said in (("--provider cuda", "--provider cpu"), ("--device_id 2", "2 GPUs"),
+                        ("--provider cpu --device_id 0", "--provider cpu")):
+        done = run_cpp(need_cpp, plain, flags, "--out no.npy", check=False)
+        assert (done.returncode, done.stderr.count("\n")) == (2, 1)
+        assert said in done.stderr
+    assert not os.path.exists("no.npy")
 
 def test_cpp_says_why_a_file_does_not_load(need_cpp):
     file = onnx.load(model_of("dcgan"))
