@@ -298,10 +298,13 @@ def as_phases(model, conv, weight, size, output):
 # --------------------------------------------------------------------------------------------- int8
 
 def cpu_session(model):
-    """onnxruntime.InferenceSession of a path or of bytes, without a word."""
+    """onnxruntime.InferenceSession of a path or of bytes."""
     options = ort.SessionOptions()
     options.log_severity_level = 4
-    return ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+    try:
+        return ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+    except Exception as e:  # ONNX Runtime has exceptions without a common name
+        raise OSError(f"onnxruntime {ort.__version__} does not load the file, perhaps for its --opset: {e}") from e
 
 def store_first_in_int8(model):
     """The first matrix as int8 in the file, float in memory, made when ONNX Runtime loads it.

@@ -38,8 +38,6 @@ NEEDED = {
     "Opset ": {20: "1.17", 21: "1.18", 22: "1.21", 23: "1.23", 24: "1.24", 25: "1.24", 26: "1.25",
                27: "1.32", 28: "1.32"},
 }
-# What the user can mend: main() makes one line of it. All else keeps its traceback.
-MENDABLE = (OSError, MemoryError, ModuleNotFoundError)
 
 def number(kind, low, high, text):
     """argparse type, by functools.partial: an int or a float (kind) from low to high."""
@@ -244,15 +242,12 @@ class Generator:
     """
 
     def __init__(self, path, batch_size=64, provider="auto", threads=0, **gpu):
-        self.path = path
-        self.asked = provider
-        self.threads = threads
+        self.path, self.asked, self.threads = path, provider, threads
         self.use(open_session(path, provider, threads=threads, **gpu))  # gpu: device_id, cuda_options
         inputs = self.session.get_inputs()
         inputs.sort(key=lambda v: "int" in v.type)  # z, and perhaps labels
         output = self.session.get_outputs()[0]
-        z_shape = inputs[0].shape
-        shape = output.shape
+        z_shape, shape = inputs[0].shape, output.shape
         channels = [axis for axis in (1, 3) if len(shape) == 4 and shape[axis] in (1, 3)]
         is_latent = len(z_shape) in (2, 4) and isinstance(z_shape[1], int) and z_shape[2:] in ([], [1, 1])
         if not channels or not is_latent or len(inputs) > 2:
@@ -260,8 +255,7 @@ class Generator:
             found = "; ".join(values)
             raise OSError(f"{path}: no generator; it has {found}, and should have z (N, nz) in and "
                           "pictures of 1 or 3 channels out, (N, C, H, W) or (N, H, W, C)")
-        self.nz = z_shape[1]
-        self.z_shape = z_shape[1:]
+        self.nz, self.z_shape = z_shape[1], z_shape[1:]
         self.fixed = isinstance(z_shape[0], int)
         self.batch_size = z_shape[0] if self.fixed else batch_size
         self.read_metadata()
@@ -288,12 +282,10 @@ class Generator:
 
     def find_range(self):
         """Somebody else's file does not say what its values mean: the first 16 pictures tell."""
-        z = latents(0, 0, 16, self.nz)
         labels = np.zeros(16, int) if len(self.inputs) == 2 else None
         size = self.batch_size if self.fixed else 16
-        pictures = list(self.batches(z, labels, size))
-        low = float(np.min(pictures))
-        high = float(np.max(pictures))
+        found = list(self.batches(latents(0, 0, 16, self.nz), labels, size))
+        low, high = float(np.min(found)), float(np.max(found))
         if low >= -0.001 and high <= 1.001:
             self.scale, self.shift = 255, 0.5
             warn(f"{self.path}: its pictures are in [0, 1], and taken so")
@@ -306,11 +298,10 @@ class Generator:
     def labels(self, text=None):
         """int (k): the classes that --labels names, or all; None where the generator takes none."""
         takes_labels = len(self.inputs) == 2
-        if text in (None, "all"):
-            if not takes_labels:
-                return None
-            if self.n_classes:
-                return np.arange(self.n_classes)
+        if text in (None, "all") and not takes_labels:
+            return None
+        if text in (None, "all") and self.n_classes:
+            return np.arange(self.n_classes)
         asked = [name.strip() for name in (text or "").split(",")]
         numbers = {str(k): k for k in range(self.n_classes)}
         numbers |= {name: k for k, name in enumerate(self.classes)}
@@ -545,7 +536,7 @@ def benchmark(gen, choice, args):
         print(f"{n:5} {speed:9.1f} {p50:9.3f} {p95:9.3f} {p99:9.3f}", flush=True)
 
 def main():
-    """One line, exit code 1, for what the user can mend: files, values, memory."""
+    """One line, exit code 1, for what the user can mend. All else keeps its traceback."""
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):  # a terminal that cannot show a file's name
             stream.reconfigure(errors="backslashreplace")
@@ -555,7 +546,7 @@ def main():
         generate(get_args())
     except KeyboardInterrupt:
         sys.exit("infer_ort.py: error: interrupted; no file is half written")
-    except MENDABLE as e:
+    except (OSError, MemoryError, ModuleNotFoundError) as e:
         sys.exit(f"infer_ort.py: error: {' '.join(str(e).split()) or type(e).__name__}")
 
 if __name__ == "__main__":
