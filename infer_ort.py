@@ -170,8 +170,9 @@ def open_session(path, provider="auto", device_id=0, threads=0, cuda_options=Non
         wanted = "cuda" if provider == "auto" else provider
         return new_session(path, wanted, device_id, threads, cuda_options)
     except Exception as e:
-        package = "tensorrt<11" if provider == "tensorrt" else "onnxruntime-gpu[cuda,cudnn]"
-        said = f"{reason(e)}; it takes pip install '{package}'"
+        said = reason(e)
+        if provider == "tensorrt":
+            said += "; it takes pip install 'tensorrt<11'"
         if provider != "auto":
             raise OSError(f"--provider {provider}: {said}; or take --provider cpu") from e
         warn(f"there is a GPU, but the CPU is used: {said}")
@@ -192,8 +193,8 @@ def new_session(path, provider, device_id=0, threads=0, cuda_options=None):
             options.intra_op_num_threads = allowed
     providers = [("CPUExecutionProvider", {})]
     if provider != "cpu":
-        # cuDNN's heuristics choose. Since ONNX Runtime 1.20 EXHAUSTIVE does not try out either, and
-        # DEFAULT is slow.
+        # cuDNN's heuristics choose an algorithm. Since ONNX Runtime 1.20 nothing is measured, not even
+        # with EXHAUSTIVE, and DEFAULT is slow.
         cuda = {"device_id": device_id, "cudnn_conv_algo_search": "HEURISTIC"}
         providers.insert(0, ("CUDAExecutionProvider", cuda | (cuda_options or {})))
     if provider == "tensorrt":
@@ -205,7 +206,8 @@ def new_session(path, provider, device_id=0, threads=0, cuda_options=None):
         session = ort.InferenceSession(str(path), options, providers=providers, enable_fallback=0)
     session.disable_fallback()
     if session.get_providers()[0] != providers[0][0]:
-        raise OSError(f"this onnxruntime ({ort.__version__}) cannot use it")
+        package = "onnxruntime-gpu[cuda,cudnn]"
+        raise OSError(f"this onnxruntime ({ort.__version__}) cannot use it: pip install '{package}'")
     return session
 
 def reason(error):
