@@ -89,7 +89,8 @@ class Generator(nn.Module):
         self.main = nn.Sequential(*layers, nn.ConvTranspose2d(ngf, nc, 4, 2, 1, bias=False), nn.Tanh())  # nc x 64 x 64
 
     def forward(self, z):
-        return self.main(z.flatten(1)[:, :, None, None])
+        z = z.flatten(1)[:, None, None].permute(0, 3, 1, 2)  # (N, nz, 1, 1)
+        return self.main(z)
 
 class Discriminator(nn.Module):
     """(N, nc, img_size, img_size) in [-1, 1] -> (N) logits that the image is real."""

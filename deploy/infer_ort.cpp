@@ -132,8 +132,7 @@ class Generator {
       throw Error(path_ + ": of another format, made by another export.py; take its infer_ort.cpp");
     read_inputs();
     read_output();
-    guessed_range = !uint8_ && metadata("value_range", "").empty();
-    if (guessed_range) range = guess_range();
+    if (!uint8_ && metadata("value_range", "").empty()) range = recognise_range();
   }
 
   // z: n * nz floats; labels: n numbers, ignored by a generator without classes; out: n pictures.
@@ -160,7 +159,7 @@ class Generator {
   int64_t fixed_batch = 0;  // 0: any
   std::string provider = "CPU";
   Range range = {"[-1, 1]", 127.5f, 128.0f};
-  bool guessed_range = false;
+  bool recognised_range = false;  // another than [-1, 1]
 
  private:
   // z is float, labels are integers, in any order.
@@ -203,7 +202,7 @@ class Generator {
 
   // The range of a file that does not state it, as the first 16 pictures of seed 0 show it. The rule
   // is that of infer_ort.py and infer_ort.html, or one seed would not be one picture.
-  Range guess_range() {
+  Range recognise_range() {
     const int64_t looked_at = 16;
     const int64_t batch = fixed_batch ? fixed_batch : looked_at;
     std::vector<float> z(batch * nz);
@@ -218,9 +217,10 @@ class Generator {
       low = std::min(low, *least);
       high = std::max(high, *most);
     }
-    if (low >= -0.001f && high <= 1.001f) return {"[0, 1]", 255.0f, 0.5f};
-    if (low >= -0.001f && high <= 255.5f) return {"[0, 255]", 1.0f, 0.5f};
-    return range;
+    recognised_range = low >= -0.001f && high <= 255.5f;
+    if (!recognised_range) return range;
+    if (high <= 1.001f) return {"[0, 1]", 255.0f, 0.5f};
+    return {"[0, 255]", 1.0f, 0.5f};
   }
 
   Ort::Value run(const float* z, const int64_t* labels, int64_t n) {
@@ -574,9 +574,9 @@ class Samples {
 
 static void write_samples(Generator& gen, const Options& o, const fs::path& out) {
   const Samples samples(gen, o);
-  if (gen.guessed_range)
-    std::cerr << "infer_ort: " << o.model << ": states no value_range; its pictures are taken to be in "
-              << gen.range.name << ", as the first 16 look" << std::endl;
+  if (gen.recognised_range)
+    std::cerr << "infer_ort: warning: " << o.model << ": its pictures are in " << gen.range.name
+              << ", and taken so" << std::endl;
   if (o.benchmark) {
     samples.benchmark();
     return;

@@ -17,10 +17,11 @@ import onnx
 import onnxruntime as ort
 import pytest
 import torch
-from conftest import ROOT, command, error_of, train
+from conftest import ROOT, command, error_of, train, words
 
 import dcgan
 import export
+import infer_ort
 
 LEAST_PSNR = {"": 90, "--uint8": 50, "--precision fp16": 40, "--precision int8 --uint8": 35}
 KEPT = tempfile.TemporaryDirectory(prefix="tests-of-export-")  # what costs seconds is made once
@@ -45,6 +46,12 @@ def typed(program, *argv):
     """Its main() in this process, as a command line starts it."""
     with mock.patch.object(sys, "argv", [program.__name__, *map(str, argv)]):
         program.main()
+
+def conditional(script):
+    return script.SCRIPT == "acgan"
+
+def operations(path):
+    return [node.op_type for node in onnx.load(path).graph.node]
 
 def session(path):
     return ort.InferenceSession(path, providers=["CPUExecutionProvider"])
@@ -85,8 +92,8 @@ def test_every_script_and_precision_gives_pytorchs_pictures(script, flags):
     assert "allowzero" not in [a.name for node in graph.node for a in node.attribute]
     assert "Gather" not in ops or "Reshape" in [n.op_type for n in graph.node if "embedding.rows" in n.input]
     if script.SCRIPT != "gan":
-        assert (ops.count("Conv"), ops.count("ConvTranspose")) == ((0, 3) if "fp16" in flags else (4, 1))
-    assert [i.name for i in graph.input] == ["z", "labels"][:1 + script.CONDITIONAL]
+        assert (ops.count("Conv"), ops.count("ConvTranspose")) == ((4, 1) if "precision int8" in flags else (0, 3))
+    assert [i.name for i in graph.input] == ["z", "labels"][:1 + conditional(script)]
     assert all(not t.external_data for t in graph.initializer)
 
 def test_metadata_explains_the_file(script):
@@ -95,10 +102,10 @@ def test_metadata_explains_the_file(script):
     assert meta == session(path).get_modelmeta().custom_metadata_map
     sha256 = hashlib.sha256((run / "checkpoint.pt").read_bytes()).hexdigest()
     expected = {"format_version": 1, "script": script.SCRIPT, "nz": 8, "nc": 3, "img_size": 16, "layout": "NCHW",
-                "n_classes": 10 if script.CONDITIONAL else 0, "value_range": "-1 to 1", "precision": "fp32",
+                "n_classes": 10 if conditional(script) else 0, "value_range": "-1 to 1", "precision": "fp32",
                 "latent": "N(0, 1)", "dataset": "digits", "steps": 5, "weights": "ema", "checkpoint_sha256": sha256}
     assert {k: meta[k] for k in expected} == {k: str(v) for k, v in expected.items()}
-    assert json.loads(meta["classes"]) == ([str(k) for k in range(10)] if script.CONDITIONAL else [])
+    assert json.loads(meta["classes"]) == ([str(k) for k in range(10)] if conditional(script) else [])
     pixels = metadata(model_of(script.SCRIPT, "--precision int8 --uint8"))
     assert (pixels["layout"], pixels["value_range"], pixels["precision"]) == ("NHWC", "0 to 255", "int8")
 
@@ -115,12 +122,18 @@ def test_no_local_path(flags):
     for text in (str(ROOT), KEPT.name, "/tmp", "/home", "site-packages", ".py", "Traceback", "forward("):
         assert text.encode() not in data, text
 
-def test_batch_size_opset_and_no_phases():
-    model = onnx.load(model_of("dcgan", "--batch_size 3 --opset 20 --no-phases"))
+def test_batch_size_and_opset():
+    model = onnx.load(model_of("dcgan", "--batch_size 3 --opset 20"))
     assert (model.ir_version, model.opset_import[0].version) == (9, 20)
     assert [d.dim_value for d in model.graph.input[0].type.tensor_type.shape.dim] == [3, 8]
-    assert not [node for node in model.graph.node if node.op_type == "Conv"]
-    assert_pytorchs_pictures(model_of("dcgan", "--batch_size 3 --opset 20 --no-phases"), run_of("dcgan"), sizes=[3])
+    assert_pytorchs_pictures(model_of("dcgan", "--batch_size 3 --opset 20"), run_of("dcgan"), sizes=[3])
+
+def test_the_plain_graph():
+    """What CUDA, TensorRT, browsers and phones take: a person can read it; with labels no node more than they need."""
+    layers = ["ConvTranspose", "Relu", "ConvTranspose", "Relu", "ConvTranspose", "Tanh"]
+    assert operations(model_of("dcgan")) == ["Reshape", *layers]
+    assert operations(model_of("acgan")) == ["Gather", "Reshape", "Mul", "Reshape", *layers]
+    assert operations(model_of("gan")) == ["Gemm", "Relu"] * 2 + ["Gemm", "Tanh", "Reshape"]
 
 def test_int8_runs_in_int8_and_is_small():
     """What ONNX Runtime makes of the file: every convolution but the last in int8, and no detour through NCHW."""
@@ -139,10 +152,12 @@ def test_somebody_elses_state_dict():
     torch.manual_seed(0)
     state = dcgan.Generator(nz=20, ngf=4, nc=3, img_size=64).state_dict()
     torch.save({"g_model_state_dict": {f"module.{k}": v for k, v in state.items()}}, "theirs.pth")
-    meta = metadata(exported("theirs.pth"))
-    assert [meta[k] for k in ("nz", "nc", "img_size", "dataset", "steps")] == ["20", "3", "64", "unknown", "unknown"]
-    assert sum(n.op_type == "Conv" for n in onnx.load("model.onnx").graph.node) == 12  # four for each layer between
-    assert_pytorchs_pictures("model.onnx", "theirs.pth")
+    for flags, convs in (("", (0, 5)), ("--phases", (12, 1))):  # four for each layer between the first and the last
+        meta = metadata(exported("theirs.pth", flags))
+        assert [meta[k] for k in ("nz", "nc", "img_size", "dataset", "steps")] == words("20 3 64 unknown unknown")
+        ops = operations("model.onnx")
+        assert (ops.count("Conv"), ops.count("ConvTranspose")) == convs
+        assert_pytorchs_pictures("model.onnx", "theirs.pth")
 
 def test_default_name_is_beside_the_checkpoint():
     assert export.get_args(["a/netG.pth"]).out == "a/netG.onnx"
@@ -186,13 +201,34 @@ def test_errors(capfd):
     before = sorted(os.listdir("."))
     for name in ("nope.pt", "evil.pt", "cut.pt", "module.pt", "other.pt", "wgan.pt"):
         assert name in error_of(capfd, exported, name)
-    for flags in ("--out model.pt", "--opset 3", "--no-phases --precision int8", "--out file/model.onnx"):
-        assert flags.split()[-1].split("/")[0] in error_of(capfd, typed, export, run_of("gan"), *flags.split())
+    torch.save({"script": "dcgan", "netG": {}, "config": {"ngf": 4}}, "empty.pt")
+    assert "empty.pt" in error_of(capfd, typed, export, "empty.pt")
+    os.remove("empty.pt")
+    for line in ("--out model.pt", "--phases --precision fp16", "--phases"):
+        assert line.split()[0] in error_of(capfd, typed, export, run_of("gan"), *line.split())
+    assert "file" in error_of(capfd, typed, export, run_of("gan"), "--out", "file/model.onnx")
     assert sorted(os.listdir(".")) == before
 
+@pytest.mark.parametrize("program", [export, infer_ort])
+def test_every_number_has_a_range(capfd, program):
+    """Below, at and above it; what a new flag forgets is told here."""
+    for action in program.make_parser()._actions:
+        if action.type is None:  # text, or a switch
+            assert not isinstance(action.default, (int, float)) or action.nargs == 0, action.dest
+            continue
+        kind, low, high = action.type.args
+        for value in (low, high):
+            args = program.make_parser().parse_args(["x", action.option_strings[-1], str(value)])
+            assert getattr(args, action.dest) == kind(value)
+        for value in (low - 1, high + 1, "nan", "x", ""):
+            error = error_of(capfd, program.get_args, ["x", f"{action.option_strings[-1]}={value}"])
+            assert action.option_strings[-1] in error
+
 def test_the_command():
-    done = command("export", run_of("gan"), "-o here.onnx")
+    """Without docstrings, in a terminal that cannot show the name."""
+    env = os.environ | {"PYTHONOPTIMIZE": "2", "PYTHONIOENCODING": "cp1252"}
+    done = command("export", run_of("gan"), "-o 猫.onnx", env=env)
     assert done.returncode == 0, done.stderr
     assert "PSNR" in done.stdout
-    assert "python infer_ort.py here.onnx" in done.stdout
-    assert os.listdir(".") == ["here.onnx"]
+    assert r"python infer_ort.py '\u732b.onnx'" in done.stdout
+    assert os.listdir(".") == ["猫.onnx"]

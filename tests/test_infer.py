@@ -14,12 +14,12 @@ import numpy as np
 import onnx
 import onnxruntime
 import pytest
-import torch_fidelity
 from conftest import POSIX, ROOT, cmake, error_of, train, words
 from onnx import TensorProto, helper, numpy_helper
+from onnxruntime.capi.onnxruntime_pybind11_state import EPFail
 from onnxruntime.tools.onnx_model_utils import make_dim_param_fixed
 from PIL import Image, ImageSequence
-from test_export import KEPT, LEAST_PSNR, exported, model_of, run_of, typed
+from test_export import KEPT, LEAST_PSNR, conditional, exported, model_of, run_of, typed
 
 import acgan
 import infer_ort
@@ -71,7 +71,7 @@ def test_pictures_are_those_of_sample(script):
         assert far(got["arr_0"], want["arr_0"]) <= 1
     some = infer(model, "--start 20 --n_samples 13")
     assert far(some["arr_0"], want["arr_0"][20:33]) <= 1
-    if script.CONDITIONAL:
+    if conditional(script):
         np.testing.assert_array_equal(got["labels"], want["labels"])
         np.testing.assert_array_equal(some["labels"], want["labels"][20:33])
     assert far(infer(model, "--n_samples 50 --seed 1")["arr_0"], want["arr_0"]) > 1
@@ -85,13 +85,13 @@ def test_cpp_makes_the_same_pictures(script, need_cpp, flags):
     got = np.load("cpp.npy")
     assert far(got, want["arr_0"]) <= 1
     assert (got != want["arr_0"]).mean() < 0.01
-    if script.CONDITIONAL:
+    if script.SCRIPT == "acgan":
         np.testing.assert_array_equal(np.load("cpp_labels.npy"), want["labels"])
         run_cpp(need_cpp, model, argv, "--out cpp.npy --labels 7,3")
         assert far(np.load("cpp.npy"), infer(model, argv, "--labels 7,3")["arr_0"]) <= 1
 
 def test_grids_are_those_of_sample(script, cpp):
-    for argv in ("", "--n_samples 7", "--n_samples 1", *["--labels 3,7,1", "--labels 7"] * script.CONDITIONAL):
+    for argv in ("", "--n_samples 7", "--n_samples 1", *["--labels 3,7,1", "--labels 7"] * (script.SCRIPT == "acgan")):
         sampled(script, argv, out="want.png")
         infer(model_of(script.SCRIPT), argv, out="python.png")
         assert far("python.png", "want.png") <= 1
@@ -147,6 +147,7 @@ def test_launchers(capfd, monkeypatch):
 
 def test_a_folder_is_what_fid_tools_read():
     """torch-fidelity reads the very pictures and tells two folders apart; its features here need no weights."""
+    torch_fidelity = pytest.importorskip("torch_fidelity")
     seen = []
 
     class Corner(torch_fidelity.FeatureExtractorBase):
@@ -194,10 +195,11 @@ for name in ('torch', 'torchvision', 'onnx', 'gan', 'dcgan', 'acgan', 'export'):
     sys.modules[name] = None
 sys.path.insert(0, {str(ROOT)!r})
 import infer_ort
-sys.argv = ['infer_ort.py', {model_of("dcgan")!r}, '--n_samples', '3', '--out', 'x.png']
+sys.argv = ['infer_ort.py', {model_of("dcgan")!r}, '--n_samples', '3', '--out', '猫.png']
 infer_ort.main()"""
-    subprocess.run([sys.executable, "-c", code], check=True, timeout=100)
-    assert os.path.exists("x.png")
+    env = os.environ | {"PYTHONOPTIMIZE": "2", "PYTHONIOENCODING": "cp1252"}  # nor docstrings, nor Unicode
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=100, env=env)
+    assert os.path.exists("猫.png")
 
 def test_benchmarks(capsys, cpp):
     model = model_of("acgan", "--batch_size 4")
@@ -220,6 +222,69 @@ def test_a_gpu_that_cannot_be_used_is_told_of(capfd, monkeypatch):
     typed(infer_ort, model_of("dcgan"), *words("--threads 1 --n_samples 2 --out x.png"))
     assert "warning: there is a GPU" in capfd.readouterr().err
     assert os.path.exists("x.png")
+
+@pytest.fixture
+def gpu_that_fails(monkeypatch):
+    """Sessions of CUDA compute on the CPU twice, and then fail as ONNX Runtime does where CUDA's kernels fail."""
+    class Fails:
+        def __init__(self, session):
+            self.session, self.left = session, 2
+
+        def __getattr__(self, name):
+            return getattr(self.session, name)
+
+        def run(self, *args):
+            self.left -= 1
+            if self.left < 0:
+                raise EPFail("Non-zero status code returned while running Conv node. Status Message: CUDA failure 700")
+            return self.session.run(*args)
+
+    class Session(onnxruntime.InferenceSession):
+        def __init__(self, *args, providers=(), **kwargs):
+            super().__init__(*args, providers=["CPUExecutionProvider"], **kwargs)
+            names = [name if isinstance(name, str) else name[0] for name in providers]
+            if len(names) > 1:
+                self._sess, self._providers = Fails(self._sess), names
+
+    monkeypatch.setattr(onnxruntime, "InferenceSession", Session)
+    monkeypatch.setattr(infer_ort, "gpu_count", lambda: 1)
+
+def on_gpu(*argv):
+    typed(infer_ort, *words(*argv, "--threads 1 --batch_size 4 --n_samples 20 --out x.npz"))
+
+def test_a_gpu_that_fails_is_never_hidden(gpu_that_fails, capfd):
+    for provider in ("cuda", "tensorrt"):
+        error = error_of(capfd, on_gpu, model_of("dcgan"), "--provider", provider)
+        assert "CUDA failure 700" in error
+        assert "--provider cpu" in error
+    assert os.listdir(".") == []
+
+def test_auto_goes_on_with_the_cpu(gpu_that_fails, capfd):
+    model = model_of("acgan", "--batch_size 4")
+    capfd.readouterr()
+    on_gpu(model)
+    said = capfd.readouterr()
+    assert said.out == "wrote x.npz\n"
+    assert said.err.count("warning: ") == said.err.count("CUDA failure 700") == 1
+    np.testing.assert_array_equal(arrays("x.npz")["arr_0"], infer(model, "--n_samples 20")["arr_0"])
+    gen = infer_ort.Generator(model)
+    assert gen.provider == "CUDAExecutionProvider"
+    infer_ort.benchmark(gen, gen.labels(), infer_ort.get_args([model]))
+    assert gen.provider == "CPUExecutionProvider"
+    facts = [line for line in capfd.readouterr().out.splitlines() if "Provider" in line]
+    assert len(facts) == 1  # what was measured, not what was asked for
+    assert "CPUExecutionProvider" in facts[0]
+
+def test_auto_takes_the_cpu_for_int8(gpu_that_fails):
+    model = model_of("dcgan", "--precision int8 --uint8")
+    assert infer_ort.Generator(model).provider == "CPUExecutionProvider"
+    assert infer_ort.Generator(model, provider="cuda").provider == "CUDAExecutionProvider"
+
+def test_a_gpu_that_is_not_there(gpu_that_fails, capfd):
+    for provider in ("auto", "cuda"):
+        error = error_of(capfd, on_gpu, model_of("dcgan"), "--device_id 3 --provider", provider)
+        assert "--device_id 3: " in error
+        assert "1" in error.split("--device_id 3: ")[1]
 
 # ---------------------------------------------------------------------------------------- somebody else's files
 
@@ -267,6 +332,31 @@ def test_foreign_conditional_generator(capfd, cpp):
         run_cpp(cpp, "foreign.onnx --labels 0,5 --n_samples 4 --out cpp.npy")
         np.testing.assert_array_equal(np.load("cpp.npy"), got["arr_0"])
         assert np.load("cpp_labels.npy").tolist() == [0, 5, 0, 5]
+
+@pytest.mark.parametrize("batch", ["n", 5])
+@pytest.mark.parametrize(("scale", "shift", "low", "high"), [
+    (0.5, 0.5, 0, 1), (127.5, 127.5, 0, 255), (1, 0, -1, 1), (3, 0, -1, 1)])
+def test_the_range_of_somebody_elses_pictures(capfd, batch, scale, shift, low, high):
+    """Pixels a * tanh(mean z) + b: told by fixed latents, so that a picture is the same in every batch."""
+    foreign([batch, 12], [batch, 3, 8, 10])
+    file = onnx.load("foreign.onnx")
+    tanh = next(n for n in file.graph.node if n.op_type == "Tanh")
+    tanh.output[0] = "tanh"
+    index = list(file.graph.node).index(tanh) + 1
+    file.graph.node.insert(index, helper.make_node("Add", ["scaled", "shift"], ["value"]))
+    file.graph.node.insert(index, helper.make_node("Mul", ["tanh", "scale"], ["scaled"]))
+    for name, value in (("scale", scale), ("shift", shift)):
+        file.graph.initializer.append(helper.make_tensor(name, TensorProto.FLOAT, [], [value]))
+    onnx.save(file, "foreign.onnx")
+    value = scale * np.tanh(infer_ort.latents(2, 0, 300, 12).mean(1)) + shift
+    want = ((value - low) * (255 / (high - low)) + 0.5).clip(0, 255).astype(np.uint8)
+    for argv in ("", "--batch_size 1 --start 100", "--n_samples 1 --start 299"):
+        start = infer_ort.get_args(["x", *words(argv)]).start
+        got = infer("foreign.onnx", f"--n_samples {300 - start} --seed 2", argv)["arr_0"]
+        assert far(got[:, 0, 0, 0], want[start:start + len(got)]) <= 1
+        said = capfd.readouterr().err
+        assert said.count("warning: foreign.onnx: ") == (scale != 1)
+        assert f"[{low}, {high}]" in said or scale == 1
 
 # ------------------------------------------------------------------------------------------------------- errors
 
@@ -394,7 +484,7 @@ def test_cpp_recognises_the_range_of_foreign_pictures(need_cpp, low, high, name)
     for shape_in, label in ((["n", 12], False), ([5, 12], False), (["n", 12], True)):
         want = pixels_of(sigmoid(low, high, shape_in, label)(3, 20), name)
         done = run_cpp(need_cpp, "sigmoid.onnx --n_samples 20 --seed 3 --out x.npy", *["--labels 0"] * label)
-        assert f"taken to be in {name}" in done.stderr
+        assert (f"are in {name}" in done.stderr) == (name != "[-1, 1]")
         assert far(np.load("x.npy")[:, 0, 0, 0], want) <= 1
 
 def test_cpp_believes_a_stated_range(need_cpp):
