@@ -1,193 +1,239 @@
-"""ACGAN: Odena, Olah, Shlens 2017, "Conditional Image Synthesis with Auxiliary Classifier GANs", on DCGAN's nets.
+"""ACGAN: Odena, Olah, Shlens 2017, "Conditional Image Synthesis with Auxiliary Classifier GANs".
 
-netG makes pictures of a class that it is told; netD tells real from fake and, with a second head, the class. That head
-has classes of its own for fakes (Hou et al. 2022, "Auxiliary Discriminative Classifier"), or pictures become alike.
+netG makes pictures of a class that it is told. netD tells real from fake and, with a second head, the
+class. The nets are DCGAN's.
 
-    python acgan.py                                             # embedded digits, no download
-    python acgan.py --dataset celeba --attr Smiling Male        # or mnist, cifar10, class folders in a folder or a .zip
-    python acgan.py --resume                                    # go on where the newest run stopped, bit for bit on CPU
-    python acgan.py --sample runs/acgan-digits --labels 3,7     # a grid of new pictures, a column for each class
-    torchrun --nproc_per_node 2 acgan.py --dataset cifar10      # one process per GPU (or CPU socket)
-MNIST in 344 s on one core of an AMD EPYC: FID 1.0, real images 0.4; 99 % show the class asked for.
+    python acgan.py                                        # embedded digits, no download
+    python acgan.py --dataset cifar10                      # or a folder or .zip of class folders
+    python acgan.py --recipe paper                         # as the paper trains
+    python acgan.py --resume                               # go on with the last run that was stopped
+    python acgan.py --sample runs/acgan-digits --labels 3,7    # new pictures, a column for each class
+    torchrun --nproc_per_node 2 acgan.py --dataset cifar10 # one process for each GPU
+
+The default is not the paper's. Its class head has classes of its own for fakes (ADC-GAN, Hou et al.
+2022), or pictures of a class become alike; and it has dcgan.py's penalty, average and rates. On MNIST,
+344 s on one core of an AMD EPYC, FID is 1.0 in the features of a small classifier, 0.4 between two
+halves of the real images, and 99 % show the class asked for (benchmarks/RESULTS.md).
 """
 
 import argparse
 import contextlib
 import copy
-import ctypes
 import datetime
 import functools
 import gc
 import glob
 import hashlib
 import io
+import itertools
 import json
 import math
 import os
+import re
+import shlex
 import signal
 import sys
 import tempfile
+import threading
 import time
 import zipfile
+from collections import Counter
 from multiprocessing.pool import ThreadPool
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 import numpy as np
+import PIL
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from filelock import FileLock, Timeout
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
-from torch.nn.utils.parametrizations import spectral_norm
 from tqdm import tqdm
 
-CONDITIONAL = True  # for the plumbing: is netG told a class, netG(z, labels)?
-RECIPES = {  # --recipe: defaults of any flags, on any data; "paper" where its authors chose otherwise
-    "default": {
-        "ngf": 64, "ndf": 32, "init": "dcgan", "dropout": 0.0, "ema": 0.999,
-        "gp": "r1", "gp_weight": 0.9, "gp_every": 4, "batch_size": 32, "lr_g": 2e-3, "lr_d": 1e-3, "lr_decay": "linear",
-        "aux": "adc", "aux_g": 1.0,
-    },
-    "paper": {"batch_size": 100, "lr_g": 2e-4, "lr_d": 2e-4, "lr_decay": "none", "dropout": 0.5, "ngf": 96, "ndf": 64,
-              "aux": "acgan",  # Odena et al. 2017, appendix A (CIFAR-10's nets) and section 3 (losses)
-              "gp": "none", "ema": 0.0},  # not known in its day
+METHOD = "acgan"  # written into checkpoints, whatever a copy of this file is called
+
+# ------------------------------------------------------------------------------------------- flags
+
+RECIPES = {  # defaults of any flags; --recipe paper is put on top of "default"
+    "default": "--ngf 64 --ndf 32 --batch_size 32 --lr_g 2e-3 --lr_d 1e-3 --lr_decay linear"
+               " --gp_weight 0.9 --ema 0.999 --aux adc",
+    # Appendix A, the nets for CIFAR-10, and section 3, the losses.
+    "paper": "--ngf 96 --ndf 64 --batch_size 100 --lr_g 2e-4 --lr_d 2e-4 --lr_decay none"
+             " --gp_weight 0 --ema 0 --aux acgan --dropout 0.5",
 }
 
-def add_method_flags(add):
-    add("--img_size", type=int, choices=(16, 32, 64, 128, 256), default=64, help="height and width")
-    add("--nz", type=positive, default=100, help="size of the latent vector")
-    add("--ngf", type=positive, help="width of netG")
-    add("--ndf", type=positive, help="width of netD")
-    add("--init", choices=("dcgan", "he"), help="dcgan: N(0, 0.02)")
-    add("--sn", action="store_true", help="spectral norm in netD, in place of its BatchNorm")
-    add("--dropout", type=float, help="dropout probability in netD")
-    add("--ema", type=float, help="decay of netG's average, which is sampled")
-    add("--loss", choices=("bce", "hinge"), default="bce", help="bce: non-saturating cross-entropy")
-    add("--real_label", type=float, default=1.0, help="bce: netD's target for real (0.9: smoothed)")
-    add("--fake_label", type=float, default=0.0, help="bce: netD's target for fake (0.1: smoothed)")
-    add("--gp", choices=("none", "r1", "interpolate"), help="gradient penalty on netD")
-    add("--gp_weight", type=float, help="weight of --gp")
-    add("--gp_every", type=positive, help="take --gp in every N-th step, N times as heavy")
-    add("--d_steps", type=positive, default=1, help="netD steps, each on new images, per netG step")
-    add("--aux", choices=("adc", "acgan"), help="acgan: the paper's class head; adc: fakes are classes of their own")
-    add("--aux_g", type=float, help="weight of the class loss in netG's loss")
-    add("--replay", type=float, default=0.0, help="share of netD's fakes that are old ones")
+def add_method_flags(group):
+    flag = group.add_argument  # flags without a default here have it in RECIPES
+    flag("--img_size", type=int, choices=(16, 32, 64, 128, 256), default=64, help="height and width")
+    flag("--nz", type=positive, default=100, help="size of the latent vector")
+    flag("--ngf", type=positive, help="channels of netG's last hidden layer")
+    flag("--ndf", type=positive, help="channels of netD's first layer")
+    flag("--dropout", type=below_1, default=0.0, help="dropout probability in netD")
+    flag("--aux", choices=("adc", "acgan"), help="acgan: the paper's class head; adc: fakes have classes too")
+    flag("--aux_g", type=weight, default=1.0, help="weight of the class loss in netG's loss")
+    flag("--real_label", type=fraction, default=1.0, help="target for real (0.9: smoothed)")
+    flag("--fake_label", type=fraction, default=0.0, help="target for fake (0.1: smoothed)")
+    flag("--gp_weight", type=weight, help="weight of the gradient penalty; 0: none")
+    flag("--gp_every", type=positive, default=4, help="penalty in every N-th step, N times as heavy")
+    flag("--ema", type=below_1, help="decay of the average of netG's weights, which is sampled")
+    flag("--d_steps", type=positive, default=1, help="netD steps, on new images, for one of netG")
+    flag("--pretrain_d", type=count, default=0, metavar="STEPS",
+         help="train netD and its class head first, before netG moves")
+    flag("--lr_decay", choices=("none", "linear"), help="linear: to 0 in the run's second half")
+
+# -------------------------------------------------------------------------------------------- nets
 
 class Generator(nn.Module):
-    """(N, nz) or (N, nz, 1, 1) latents ~ N(0, 1), (N) labels -> (N, nc, img_size, img_size) in [-1, 1]. As DCGAN's."""
+    """(N, nz) latents ~ N(0, 1), (N) labels -> (N, nc, img_size, img_size) images in [-1, 1]."""
 
     def __init__(self, nz=100, ngf=64, nc=3, img_size=64, n_classes=10):
         super().__init__()
         self.config = {"nz": nz, "ngf": ngf, "nc": nc, "img_size": img_size, "n_classes": n_classes}
         self.label_emb = nn.Embedding(n_classes, nz)
-        n = ngf * img_size // 8
-        layers = [nn.ConvTranspose2d(nz, n, 4, 1, 0, bias=False), nn.BatchNorm2d(n), nn.ReLU(True)]  # (ngf*8) x 4 x 4
-        while n > ngf:  # (ngf*4) x 8 x 8, ... ngf x 32 x 32, for 64
-            n //= 2
-            layers += [nn.ConvTranspose2d(2 * n, n, 4, 2, 1, bias=False), nn.BatchNorm2d(n), nn.ReLU(True)]
-        self.main = nn.Sequential(*layers, nn.ConvTranspose2d(ngf, nc, 4, 2, 1, bias=False), nn.Tanh())  # nc x 64 x 64
+        stages = int(math.log2(img_size)) - 3  # each doubles height and width; 3 at img_size 64
+        channels = ngf * 2**stages
+        layers = [nn.ConvTranspose2d(nz, channels, 4, 1, 0, bias=False)]  # (ngf*8) x 4 x 4
+        layers += [nn.BatchNorm2d(channels), nn.ReLU(inplace=True)]
+        for k in reversed(range(stages)):  # (ngf*4) x 8 x 8, (ngf*2) x 16 x 16, ngf x 32 x 32
+            out = ngf * 2**k
+            layers += [nn.ConvTranspose2d(channels, out, 4, 2, 1, bias=False)]
+            layers += [nn.BatchNorm2d(out), nn.ReLU(inplace=True)]
+            channels = out
+        layers += [nn.ConvTranspose2d(ngf, nc, 4, 2, 1, bias=False), nn.Tanh()]  # nc x 64 x 64
+        self.main = nn.Sequential(*layers)
 
     def forward(self, z, labels):
-        z = z.flatten(1) * self.label_emb(labels)  # the class, as most have it
-        z = z[:, None, None].permute(0, 3, 1, 2)  # (N, nz, 1, 1)
-        return self.main(z)
+        z = z.flatten(1) * self.label_emb(labels)  # how most implementations tell netG the class
+        return self.main(z[:, :, None, None])  # (N, nz, 1, 1)
 
 class Discriminator(nn.Module):
-    """(N, nc, img_size, img_size) in [-1, 1] -> (N) logits that the image is real, (N, n_classes) of its class."""
+    """(N, nc, img_size, img_size) images -> (N) logits: real if positive; (N, n_classes) class logits."""
 
-    def __init__(self, nc=3, ndf=64, img_size=64, n_classes=10, sn=False, dropout=0.0):
+    def __init__(self, nc=3, ndf=64, img_size=64, n_classes=10, dropout=0.0):
         super().__init__()
-        norm = spectral_norm if sn else lambda layer: layer  # Miyato et al. 2018, in place of BatchNorm
-        n, layers = nc, []
-        for k in range(int(math.log2(img_size)) - 2):  # ndf x 32 x 32, (ndf*2) x 16 x 16, ... (ndf*8) x 4 x 4, for 64
-            layers += [norm(nn.Conv2d(n, ndf * 2**k, 4, 2, 1, bias=sn)),
-                       nn.Identity() if sn or k == 0 else nn.BatchNorm2d(ndf * 2**k),
-                       nn.LeakyReLU(0.2, True), nn.Dropout(dropout)]
-            n = ndf * 2**k
+        stages = int(math.log2(img_size)) - 2  # each halves height and width; 4 at img_size 64
+        layers = []
+        channels = nc
+        for k in range(stages):  # ndf x 32 x 32, (ndf*2) x 16 x 16, (ndf*4) x 8 x 8, (ndf*8) x 4 x 4
+            out = ndf * 2**k
+            layers += [nn.Conv2d(channels, out, 4, 2, 1, bias=False)]
+            if k > 0:  # the first layer has no BatchNorm
+                layers += [nn.BatchNorm2d(out)]
+            layers += [nn.LeakyReLU(0.2, inplace=True), nn.Dropout(dropout)]
+            channels = out
         self.main = nn.Sequential(*layers)
-        self.adv = norm(nn.Conv2d(n, 1, 4, 1, 0, bias=sn))  # 1 x 1 x 1
-        self.aux = norm(nn.Conv2d(n, n_classes, 4, 1, 0))  # n_classes x 1 x 1
+        self.adv = nn.Conv2d(channels, 1, 4, 1, 0, bias=False)  # 1 x 1 x 1
+        self.aux = nn.Conv2d(channels, n_classes, 4, 1, 0)  # n_classes x 1 x 1
 
     def forward(self, x):
         x = self.main(x)
         return self.adv(x).flatten(), self.aux(x).flatten(1)
 
-def config_of(state):
-    """Generator's arguments, read off the tensors of somebody's state dict."""
-    convs = [v for k, v in state.items() if k.startswith("main.") and v.ndim == 4]
-    return {"nz": len(convs[0]), "ngf": len(convs[-1]), "nc": convs[-1].shape[1], "img_size": 2 ** (len(convs) + 1),
-            "n_classes": len(state["label_emb.weight"])}
-
-def weights_init(net, init="dcgan"):
-    """dcgan: N(0, 0.02), BatchNorm scales N(1, 0.02) (Radford et al. 2016, section 4); or He's normal."""
+def weights_init(net):
+    """N(0, 0.02) and BatchNorm scales N(1, 0.02): section 4 of DCGAN's paper."""
     for m in net.modules():
-        if isinstance(m, (nn.Conv2d, nn.ConvTranspose2d, nn.Linear)):
-            for w in m.parameters():
-                if w.ndim == 1:  # a bias
-                    nn.init.zeros_(w)
-                elif init == "dcgan":
-                    nn.init.normal_(w, 0.0, 0.02)
-                else:  # PyTorch swaps fan_in and fan_out of transposed convolutions
-                    nn.init.kaiming_normal_(w, 0.2, "fan_out" if isinstance(m, nn.ConvTranspose2d) else "fan_in")
+        if isinstance(m, (nn.Conv2d, nn.ConvTranspose2d)):
+            nn.init.normal_(m.weight, 0.0, 0.02)
+            if m.bias is not None:
+                nn.init.zeros_(m.bias)
         elif isinstance(m, nn.BatchNorm2d):
             nn.init.normal_(m.weight, 1.0, 0.02)
 
-def d_loss(real, fake, args):
-    """From netD's logits (N): -log D(x) - log(1 - D(G(z))), Goodfellow et al. 2014, eq. 1; or hinge, Miyato 2018."""
-    if args.loss == "hinge":
-        return F.relu(1 - real).mean() + F.relu(1 + fake).mean()
-    return (F.binary_cross_entropy_with_logits(real, torch.full_like(real, args.real_label))
-            + F.binary_cross_entropy_with_logits(fake, torch.full_like(fake, args.fake_label)))
+def config_of(state):
+    """Generator's arguments, read off the shapes in a state dict that another program wrote."""
+    convs = [w for name, w in state.items() if name.startswith("main.") and w.ndim == 4]
+    nz = convs[0].shape[0]  # a ConvTranspose2d's weight is (in, out, 4, 4)
+    ngf, nc = convs[-1].shape[:2]
+    n_classes = len(state["label_emb.weight"])
+    return {"nz": nz, "ngf": ngf, "nc": nc, "img_size": 2 ** (len(convs) + 1), "n_classes": n_classes}
 
-def g_loss(fake, args):
-    """From netD's logits (N): -log D(G(z)), the non-saturating loss of Goodfellow et al. 2014, section 3; or hinge."""
-    return -fake.mean() if args.loss == "hinge" else F.binary_cross_entropy_with_logits(fake, torch.ones_like(fake))
+# ------------------------------------------------------------------------------------------ losses
 
-def gradient_penalty(netD, real, fake, kind, labels, fakes):
-    """r1: half netD's squared gradient at real (Mescheder et al. 2018), divided by nc, so that one weight does for grey
-    and RGB. interpolate: the gradient's norm between real and fake, pulled to 1 (Gulrajani et al. 2017)."""
-    x = real if kind == "r1" else torch.lerp(real, fake.float(), torch.rand(len(real), 1, 1, 1, device=real.device))
-    x = x.detach().requires_grad_()
-    out, class_out = netD.forward(x)  # never compiled, nor in bf16
-    margin = F.cross_entropy(class_out, labels + fakes) - F.cross_entropy(class_out, labels)  # adc: what netG climbs
-    (grad,) = torch.autograd.grad(out.sum() + len(x) * margin, x, create_graph=True)
+def d_loss(real_logits, fake_logits, args):
+    """-log D(x) - log(1 - D(G(z))): equation 1 of Goodfellow et al. 2014, the paper's L_S."""
+    real_target = torch.full_like(real_logits, args.real_label)
+    fake_target = torch.full_like(fake_logits, args.fake_label)
+    real_loss = F.binary_cross_entropy_with_logits(real_logits, real_target)
+    fake_loss = F.binary_cross_entropy_with_logits(fake_logits, fake_target)
+    return real_loss + fake_loss
+
+def accuracy(class_logits, labels, n):
+    """acc_real and acc_fake of the log: where the head is right, be it a class of real ones or of fakes."""
+    return class_logits.argmax(1) % n == labels
+
+def g_loss(fake_logits):
+    """-log D(G(z)), the non-saturating loss of Goodfellow et al. 2014, section 3."""
+    return F.binary_cross_entropy_with_logits(fake_logits, torch.ones_like(fake_logits))
+
+def class_margin(class_logits, labels, fakes):
+    """What netG lowers: the class loss, the paper's L_C; less, for adc, that of the class among fakes."""
+    loss = F.cross_entropy(class_logits, labels)
+    if fakes:
+        loss = loss - F.cross_entropy(class_logits, labels + fakes)
+    return loss
+
+def gradient_penalty(netD, real, labels, fakes):
+    """R1 (Mescheder et al. 2018, eq. 9) of both heads: half the squared gradient of what netG climbs."""
+    x = real.detach().requires_grad_()
+    logits, class_logits = netD.forward(x)  # not netD(x): torch.compile has no second derivatives
+    climbed = logits.sum()
+    if fakes:
+        climbed = climbed - len(x) * class_margin(class_logits, labels, fakes)
+    (grad,) = torch.autograd.grad(climbed, x, create_graph=True)
     squared = grad.square().sum((1, 2, 3))
-    return squared.mean() / (2 * x.shape[1]) if kind == "r1" else (squared.add(1e-12).sqrt() - 1).square().mean()
+    return squared.mean() / 2 / x.shape[1]  # divided by nc: one weight does for grey and for RGB
+
+# ---------------------------------------------------------------------------------------- training
 
 def train(args):
-    run = Run(args)
+    run = Run(args, labelled=True)
     n = len(run.classes)
-    fakes = n if args.aux == "adc" else 0  # adc: where netD's classes of fakes begin
+    fakes = n if args.aux == "adc" else 0  # adc: classes n to 2n - 1 are those of fakes
     netG = Generator(args.nz, args.ngf, args.nc, args.img_size, n)
-    netD = Discriminator(args.nc, args.ndf, args.img_size, n + fakes, args.sn, args.dropout)
+    netD = Discriminator(args.nc, args.ndf, args.img_size, n + fakes, args.dropout)
     for net in (netG, netD):
-        weights_init(net, args.init)
-        net.to(run.device, memory_format=torch.channels_last)
-    netG_ema = copy.deepcopy(netG).eval().requires_grad_(False)  # the average of netG's weights, which is sampled
-    adam = functools.partial(torch.optim.Adam, betas=(args.beta1, args.beta2), fused=True)
-    optimizer = adam if args.optim == "adam" else torch.optim.RMSprop
-    optG, optD = optimizer(netG.parameters()), optimizer(netD.parameters())  # rates: in each step
-    ddpG, ddpD = run.parallel(netG), run.parallel(netD)  # under torchrun gradients are averaged; --compile
-    for step, real, labels in run.steps(netG=netG, netD=netD, netG_ema=netG_ema, optG=optG, optD=optD):
-        decay = min(1, 2 - 2 * step / run.total) if args.lr_decay == "linear" else 1
-        optG.param_groups[0]["lr"], optD.param_groups[0]["lr"] = decay * args.lr_g, decay * args.lr_d
-        g_step = (step + 1) % args.d_steps == 0
+        weights_init(net)
+        net.to(run.device, memory_format=run.memory_format)
 
-        # D step: tell real from fake.
+    # What is sampled: the average of netG's weights. Its BatchNorm statistics are measured anew
+    # before each save (measure_batchnorm, below).
+    netG_ema = copy.deepcopy(netG).eval().requires_grad_(False)
+    betas = (args.beta1, args.beta2)
+    optG = torch.optim.Adam(netG.parameters(), args.lr_g, betas, fused=True)
+    optD = torch.optim.Adam(netD.parameters(), args.lr_d, betas, fused=True)
+
+    # Under torchrun or with --compile these average gradients, or are compiled; else they are the nets.
+    ddpG = run.parallel(netG)
+    ddpD = run.parallel(netD)
+
+    # Before the first pass run.steps restores what it is given, with --resume. After each it logs and,
+    # now and then, saves and draws. A signal ends the loop.
+    for step, real, labels in run.steps(netG=netG, netD=netD, netG_ema=netG_ema, optG=optG, optD=optD):
+        factor = 1
+        if args.lr_decay == "linear":  # to 0, from the middle of the run on
+            factor = min(1, 2 - 2 * run.done)
+        optG.param_groups[0]["lr"] = factor * args.lr_g
+        optD.param_groups[0]["lr"] = factor * args.lr_d
+        g_step = step >= args.pretrain_d and (step + 1) % args.d_steps == 0
+
+        # D step: tell real from fake, and the class. The fakes are of the classes of the real ones.
         z = torch.randn(len(real), args.nz, device=run.device)
         with run.autocast():
-            with torch.set_grad_enabled(g_step):
+            with torch.set_grad_enabled(g_step):  # no graph where netG will not step
                 fake = ddpG(z, labels)
-            out_real, class_real = (out.float() for out in ddpD(real))
-            shown, shown_labels = run.replay(fake.detach(), labels)  # with --replay, old ones among them
-            out_fake, class_fake = (out.float() for out in ddpD(shown))
-        loss_d = d_loss(out_real, out_fake, args)
-        loss_d += F.cross_entropy(class_real, labels) + F.cross_entropy(class_fake, shown_labels + fakes)
-        run.log(**{"loss_d": loss_d, "D(x)": out_real.sigmoid(), "D(G(z))": out_fake.sigmoid()})
-        run.log(acc_real=class_real.argmax(1) % n == labels, acc_fake=class_fake.argmax(1) % n == shown_labels)
-        if args.gp != "none" and step % args.gp_every == 0:  # costly; now and then is enough: StyleGAN2, appendix B
-            penalty = gradient_penalty(netD, real, fake, args.gp, labels, fakes)
+            real_logits, real_class = ddpD(real)
+            fake_logits, fake_class = ddpD(fake.detach())
+        real_logits, real_class = real_logits.float(), real_class.float()
+        fake_logits, fake_class = fake_logits.float(), fake_class.float()
+        loss_d = d_loss(real_logits, fake_logits, args)
+        class_loss = F.cross_entropy(real_class, labels) + F.cross_entropy(fake_class, labels + fakes)
+        run.log({"loss_d": loss_d, "D(x)": real_logits.sigmoid(), "D(G(z))": fake_logits.sigmoid()})
+        run.log({"acc_real": accuracy(real_class, labels, n), "acc_fake": accuracy(fake_class, labels, n)})
+        loss_d = loss_d + class_loss
+        if args.gp_weight > 0 and step % args.gp_every == 0:  # now and then: StyleGAN2, appendix B
+            penalty = gradient_penalty(netD, real, labels, fakes)
             loss_d = loss_d + args.gp_every * args.gp_weight * penalty
         optD.zero_grad()
         loss_d.backward()
@@ -195,111 +241,223 @@ def train(args):
         if not g_step:
             continue
 
-        # G step: make the same fakes pass for real. netD is frozen: its weight gradients are not needed.
+        # G step: make the same fakes pass for real, and show their class. netD is frozen, for gradients of
+        # its weights are not needed; and it is netD, not ddpD, which waits for gradients to average.
         netD.requires_grad_(False)
         with run.autocast():
-            out, class_out = (out.float() for out in netD(fake))
-        class_loss = F.cross_entropy(class_out, labels) - (F.cross_entropy(class_out, labels + fakes) if fakes else 0)
-        loss_g = g_loss(out, args) + args.aux_g * class_loss
+            fake_logits, fake_class = netD(fake)
+        class_loss = class_margin(fake_class.float(), labels, fakes)
+        loss_g = g_loss(fake_logits.float()) + args.aux_g * class_loss
+        run.log({"loss_g": loss_g})
         optG.zero_grad()
         loss_g.backward()
         optG.step()
         netD.requires_grad_(True)
-        run.log(loss_g=loss_g)
-        with torch.no_grad():  # the average follows quickly at first
-            new = 1 - min(args.ema, (1 + step) / (10 + step))
-            torch._foreach_lerp_([*netG_ema.parameters()], [*netG.parameters()], new)
 
-# -------------------------------------------------------- PLUMBING: the same lines in gan.py, dcgan.py and acgan.py
-# It needs from above: CONDITIONAL, RECIPES, flags (--nz, --img_size, --replay), a Generator that keeps its arguments in
-# .config (n_classes, if it takes labels), config_of for other people's weights, and train, with netG_ema for run.steps.
-SCRIPT = Path(__file__).stem
-font = functools.cache(ImageFont.load_default)
-DATASETS = {  # where their flags differ from those for your own images
-    "digits": {"img_size": 32, "nc": 1, "max_steps": 4600},
-    "mnist": {"img_size": 32, "nc": 1, "max_steps": 6000},
-    "fashion_mnist": {"img_size": 32, "nc": 1, "max_steps": 6000},
-    "cifar10": {"img_size": 32, "hflip": True},
-    "celeba": {"hflip": True},
+        decay = min(args.ema, (1 + step) / (10 + step))  # at first the average follows quickly
+        with torch.no_grad():
+            for average, w in zip(netG_ema.parameters(), netG.parameters()):
+                average.lerp_(w, 1 - decay)
+
+# ---------------------------------------------------------------------------------------- PLUMBING
+# The same lines in gan.py, dcgan.py and acgan.py. They need from above:
+# - METHOD, RECIPES and add_method_flags, with --nz, --img_size and --d_steps among its flags
+# - Generator, called as netG(z, labels), with exactly its arguments in .config; n_classes is one of
+#   them if it takes labels (int64, numbers of run.classes; all 0 where there are none)
+# - config_of, its arguments read off somebody's state dict
+# - train(args), which makes nets and optimizers, and gives them to run.steps, netG_ema among them
+# Run(args, labelled=True) takes only images with a class. max_steps counts passes of the loop.
+
+SCRIPT = Path(globals().get("__file__", METHOD)).stem  # a notebook has no __file__
+SIGHUP = getattr(signal, "SIGHUP", None)  # a lost terminal; Windows has none
+DATASETS = {  # what changes the defaults for a data set
+    "digits": "--img_size 32 --nc 1 --max_steps 4600",
+    "mnist": "--img_size 32 --nc 1 --max_steps 6000",
+    "fashion_mnist": "--img_size 32 --nc 1 --max_steps 6000",
+    "cifar10": "--img_size 32 --hflip",
+    "celeba": "--hflip",
 }
 
-def positive(text):
-    """argparse type: an integer of 1 or more."""
-    if int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not 1 or more")
-    return int(text)
+class UserError(Exception):
+    """What the user can mend: main() says it in one line, without a traceback."""
+
+def say(text):
+    """A line on stderr, from one process of a run."""
+    if os.environ.get("RANK", "0") == "0":
+        print(f"{SCRIPT}.py: {text}", file=sys.stderr)
+
+# ------------------------------------------------------------------------------------------- flags
+
+def number(kind, low, high, text):
+    """argparse type, by functools.partial: an int or a float from low to high."""
+    try:
+        value = kind(text)
+    except ValueError:
+        value = math.nan
+    if not low <= value <= high:
+        raise argparse.ArgumentTypeError(f"{text} is no {kind.__name__} from {low} to {high}")
+    return value
+
+positive = functools.partial(number, int, 1, 2**31 - 1)
+count = functools.partial(number, int, 0, 2**31 - 1)
+at_least_2 = functools.partial(number, int, 2, 2**31 - 1)
+seed = functools.partial(number, int, 0, 2**63 - 1)
+weight = functools.partial(number, float, 0, 1e38)
+fraction = functools.partial(number, float, 0, 1)
+below_1 = functools.partial(number, float, 0, 0.999999)
+
+class Length(argparse.Action):
+    """--max_steps or --epochs: the last one counts, and unsets the other."""
+
+    def __call__(self, parser, args, value, flag=None):
+        args.max_steps = args.epochs = None
+        setattr(args, self.dest, value)
+
+class BothRates(argparse.Action):
+    """--lr sets --lr_g and --lr_d; there is no args.lr."""
+
+    def __call__(self, parser, args, value, flag=None):
+        args.lr_g = args.lr_d = value
+
+class HelpFormatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
+    """Keeps the lines of the docstring, and shows defaults."""
+
+def make_parser():
+    parser = argparse.ArgumentParser(
+        prog=f"{SCRIPT}.py",
+        usage=f"python {SCRIPT}.py [flags]",
+        description=__doc__,
+        formatter_class=HelpFormatter,
+        allow_abbrev=False,
+        add_help=False,  # comes last, in get_args, when the defaults are known
+    )
+    switch = argparse.BooleanOptionalAction
+    add_method_flags(parser.add_argument_group("method"))
+
+    flag = parser.add_argument_group("data").add_argument
+    flag("--dataset", default="digits", help=f"{', '.join(DATASETS)}; a folder or .zip of images")
+    flag("--data_dir", default="./data", help="where data sets are found, downloaded and cached")
+    flag("--nc", type=int, choices=(1, 3), default=3, help="channels: 1 grey, 3 RGB")
+    flag("--hflip", action=switch, default=False, help="flip real images at random")
+    flag("--max_images", type=positive, help="a random subset of this many; digits: draw this many")
+
+    flag = parser.add_argument_group("optimisation").add_argument
+    flag("--recipe", choices=RECIPES, default="default", help="paper: what its authors chose")
+    flag("--max_steps", type=positive, action=Length, help="length of the run, in steps of netD")
+    flag("--epochs", type=positive, action=Length, help="the same in passes over the data")
+    flag("--batch_size", type=at_least_2, help="images per process and step")
+    flag("--lr", type=weight, action=BothRates, default=argparse.SUPPRESS, help="both rates")
+    flag("--lr_g", type=weight, help="learning rate of netG")
+    flag("--lr_d", type=weight, help="learning rate of netD")
+    flag("--beta1", type=below_1, default=0.5, help="Adam's first-moment decay")
+    flag("--beta2", type=below_1, default=0.999, help="Adam's second-moment decay")
+
+    flag = parser.add_argument_group("run").add_argument
+    flag("--seed", type=seed, default=0, help="of training and of latents")
+    flag("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps")
+    flag("--precision", choices=("auto", "fp32", "bf16"), default="auto", help="auto: bf16 if fast")
+    flag("--compile", action=switch, default=False, help="torch.compile both nets: for long runs")
+    flag("--out_dir", help=f"where the run is kept; if none, a new folder runs/{SCRIPT}-DATASET")
+    flag("--resume", nargs="?", const="", metavar="PATH", help="go on with a run (the last stopped)")
+    flag("--save_interval", type=positive, metavar="STEPS", help="from save to save (50 a run)")
+    flag("--keep_every", type=positive, metavar="EPOCHS", help="also keep numbered checkpoints")
+    flag("--log_interval", type=positive, default=50, metavar="STEPS", help="from line to line of the log")
+    flag("--tensorboard", action=switch, default=False, help="scalars and grids for TensorBoard")
+
+    flag = parser.add_argument_group("sampling").add_argument
+    flag("--sample", metavar="PATH", help="generate, from a checkpoint or a run's folder")
+    flag("--n_samples", type=positive, help="pictures; if none, 64, or 10 of each class")
+    flag("--out", metavar="FILE.png|FILE.npz|FOLDER/", help="if none, a grid beside the checkpoint")
+    flag("--labels", help="classes in turn, by number or name: 0,3,7 or cat,dog; if none, all")
+    flag("--walk_dim", type=count, metavar="D", help="move coordinate D of a latent, 0.01 a picture")
+    return parser
 
 def get_args(argv=None):
-    """Command line -> argparse.Namespace. What is not typed is the recipe's or, with --resume, the checkpoint's."""
-    p = argparse.ArgumentParser(f"{SCRIPT}.py", f"python {SCRIPT}.py [flags]", __doc__, allow_abbrev=False,
-                                formatter_class=argparse.RawDescriptionHelpFormatter, add_help=False)
-    add_method_flags(p.add_argument_group("method").add_argument)
-    add, switch = p.add_argument_group("data").add_argument, argparse.BooleanOptionalAction
-    add("--dataset", default="digits", help=f"{', '.join(DATASETS)}; a folder or .zip of images or class folders")
-    add("--data_dir", default="./data", help="where data sets are found, downloaded and cached")
-    add("--nc", type=int, choices=(1, 3), default=3, help="channels: 1 grey, 3 RGB")
-    add("--hflip", action=switch, default=False, help="flip real images at random")
-    add("--max_images", type=positive, help="a random subset of this many; digits: draw this many")
-    add = p.add_argument_group("optimisation").add_argument
-    add("--recipe", choices=RECIPES, default="default", help="paper: what its authors chose; other flags outrank it")
-    add("--max_steps", type=positive, default=24000, help="length of the run, in steps of netD")
-    add("--epochs", type=positive, help="length in passes over the data, in place of --max_steps")
-    add("--batch_size", type=positive, help="images per process and step")
-    add("--lr", type=float, help="learning rate of both nets, in place of --lr_g and --lr_d")
-    add("--lr_g", type=float, help="learning rate of netG")
-    add("--lr_d", type=float, help="learning rate of netD")
-    add("--lr_decay", choices=("none", "linear"), help="linear: to 0 in the second half of the run")
-    add("--optim", choices=("adam", "rmsprop"), default="adam", help="optimizer of both nets")
-    add("--beta1", type=float, default=0.5, help="Adam's first-moment decay")
-    add("--beta2", type=float, default=0.999, help="Adam's second-moment decay")
-    add = p.add_argument_group("run").add_argument
-    add("--seed", type=int, default=0, help="of training, and of the latents sampled")
-    add("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps")
-    add("--precision", choices=("auto", "fp32", "bf16"), default="auto", help="auto: bf16 autocast where that is fast")
-    add("--compile", action=switch, default=False, help="torch.compile both nets: for long runs")
-    add("--out_dir", help=f"where the run is kept (a new folder runs/{SCRIPT}-DATASET)")
-    add("--resume", nargs="?", const="", metavar="PATH", help="go on with a checkpoint or run (the newest one)")
-    add("--save_interval", type=positive, metavar="STEPS", help="between checkpoints and grids (50 a run)")
-    add("--keep_every", type=positive, metavar="EPOCHS", help="also keep numbered checkpoints")
-    add("--log_interval", type=positive, default=50, metavar="STEPS", help="between lines of log.jsonl")
-    add("--tensorboard", action=switch, default=False, help="scalars and grids for TensorBoard")
-    add = p.add_argument_group("sampling").add_argument
-    add("--sample", metavar="PATH", help="generate, from a checkpoint or a run's folder; needs no other flag")
-    add("--n_samples", type=positive, help="pictures (a grid of 64, or of 10 of each class)")
-    add("--out", metavar="FILE.png|FILE.npz|FILE.gif|FOLDER/", help="(beside the checkpoint)")
-    add("--interpolate", type=positive, nargs="?", const=60, metavar="FRAMES", help="GIF of a walk in latents (60)")
-    add("--walk_dim", type=int, metavar="D", help="sweep coordinate D of one latent, 0.01 a picture")
-    if CONDITIONAL:
-        add("--labels", help="classes in turn, by number or name: 0,3,7 or cat,dog (all)")
-        add("--attr", nargs="+", metavar="NAME", help="classes of celeba: each combination of these attributes")
-    typed, _ = p.parse_known_args(argv)  # a first time, to see which defaults the second time has
-    p.set_defaults(**DATASETS.get(typed.dataset, {}) | RECIPES["default"] | RECIPES[typed.recipe])
-    if typed.resume is not None:
-        typed.resume = last_checkpoint(typed.resume or typed.out_dir or f"runs/{SCRIPT}-*")
-        p.set_defaults(**load_checkpoint(typed.resume)["args"] | {"out_dir": str(Path(typed.resume).parent)})
-    if typed.epochs:
-        p.set_defaults(max_steps=None)
-    if typed.lr is not None:
-        p.set_defaults(lr_g=typed.lr, lr_d=typed.lr)
-    for action in p._actions:
-        if str(action.default) not in ("None", "False"):
-            action.help += " (%(default)s)"
-    p.add_argument("-h", "--help", action="help", help="print this, for the --dataset that is given")
-    return argparse.Namespace(**vars(p.parse_args(argv)) | {"resume": typed.resume})
+    """Command line -> argparse.Namespace. Of the layers, the last one that names a flag counts."""
+    parser = make_parser()
+    for words in [*DATASETS.values(), *RECIPES.values()]:
+        parser.parse_args(words.split())  # a mistyped flag or value ends here
+    typed = typed_flags(parser, argv)
+    refuse_useless(parser, typed)
+    layers = [
+        "--max_steps 24000",
+        DATASETS.get(typed.get("dataset", "digits"), ""),
+        RECIPES["default"],
+        RECIPES[typed.get("recipe", "default")],
+    ]
+    values = vars(parser.parse_args(" ".join(layers).split()))
+    path = None
+    if "resume" in typed:
+        path = last_checkpoint(typed["resume"] or typed.get("out_dir") or newest_stopped_run())
+        saved = load_checkpoint(path)["args"]
+        values |= {name: saved[name] for name in values.keys() & saved.keys()}
+        values["out_dir"] = str(Path(path).parent)
+    parser.set_defaults(**values)
+    parser.add_argument("-h", "--help", action="help", help="print this, for the --dataset given")
+    args = parser.parse_args(argv)  # the last layer: what was typed
+    args.resume = path
+    return args
+
+def typed_flags(parser, argv):
+    """{flag: value} of the command line, without defaults."""
+    blank = dict.fromkeys(vars(parser.parse_args([])))
+    args, _ = parser.parse_known_args(argv, argparse.Namespace(**blank))
+    return {name: value for name, value in vars(args).items() if value is not None}
+
+def refuse_useless(parser, typed):
+    """Ends the program where a flag would do nothing beside the others."""
+    for_sampling = {"n_samples", "out", "labels", "walk_dim"}
+    if "sample" in typed:
+        useless = typed.keys() - for_sampling - {"sample", "seed", "device", "batch_size"}
+        said = "with"
+    else:
+        useless = typed.keys() & for_sampling
+        said = "without"
+    if useless:
+        parser.error(f"--{min(useless)} {said} --sample would do nothing")
+    if "resume" in typed and "recipe" in typed:
+        parser.error("--recipe with --resume: give the flags of the recipe that are to change")
+
+# -------------------------------------------------------------------------------------------- data
 
 @contextlib.contextmanager
 def atomic_write(path):
-    """Opens a file in a temporary folder beside `path`, moved there when the block ends well: never half a file."""
+    """Opens a file in a temporary folder beside `path`, moved there when the block ends well."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as folder:
         with open(Path(folder, path.name), "wb") as f:
             yield f
             f.flush()
             os.fsync(f.fileno())
-        os.replace(f.name, path)
+        os.replace(f.name, path)  # from a folder that goes whatever fails
+
+def find_images(args):
+    """--dataset -> (names, open_image(i), labels, classes, stamp).
+    labels: int64 (N), -1 without a class. stamp: a text that changes with any image."""
+    path = Path(args.dataset)
+    if args.dataset in DATASETS and path.is_dir():
+        say(f"--dataset {path} is the data set of that name; for the folder, write ./{path}")
+    if args.dataset == "digits":
+        return draw_digits(args)
+    if args.dataset == "celeba":
+        return open_files(find_celeba(args))
+    if args.dataset in DATASETS:
+        data = download(args)
+        stamp = hashlib.sha256(np.ascontiguousarray(np.asarray(data.data))).hexdigest()
+        return range(len(data)), lambda i: data[i][0], np.asarray(data.targets), data.classes, stamp
+    return open_files(path)
+
+def draw_digits(args):
+    """find_images of the embedded data set."""
+    names = range(args.max_images or 20000)
+    labels = np.array(names) % 10
+    classes = [str(k) for k in range(10)]
+    return names, lambda i: draw_digit(i, args.img_size), labels, classes, f"digits {args.img_size}"
+
+font = functools.cache(ImageFont.load_default)
 
 def draw_digit(i, size):
-    """Picture i of the embedded data set: the digit i % 10 in grey, of varied weight, place and angle."""
+    """The digit i % 10 in grey, of varied weight, place and angle."""
     rng = np.random.default_rng(i)
     paper, ink = int(rng.integers(20)), int(rng.integers(200, 256))
     side = 2 * size  # reduced later, for smooth edges
@@ -309,374 +467,691 @@ def draw_digit(i, size):
     ImageDraw.Draw(img).text(middle, str(i % 10), ink, font(side), "mm", stroke_width=stroke)
     return img.rotate(rng.uniform(-6, 6), Image.Resampling.BILINEAR, fillcolor=paper)
 
-def find_images(args):
-    """--dataset -> (names, open, labels, classes): open(name) is an image, classes[labels[i]] that of the i-th name."""
-    path = Path(args.dataset)
-    if args.dataset == "digits":
-        n = args.max_images or 20000
-        return range(n), lambda i: draw_digit(i, args.img_size), np.arange(n) % 10, list("0123456789")
-    if args.dataset == "celeba":
-        found = [p for p in Path(args.data_dir).rglob("img_align_celeba*") if p.suffix in ("", ".zip")]
-        path = min(found, default=None) or Path(download(args).root, "celeba")
-    elif args.dataset in DATASETS:
-        data = download(args)
-        return range(len(data)), lambda i: data[i][0], np.asarray(data.targets), data.classes
-    archive = zipfile.ZipFile(path) if zipfile.is_zipfile(path) else None  # read as it is, never extracted
-    stamps = ({info.filename: info.CRC for info in archive.infolist()} if archive else
-              {p.relative_to(path).as_posix(): p.stat().st_mtime_ns for p in path.rglob("*.*")})
-    known = tuple(Image.registered_extensions())
-    names = {name: stamps[name] for name in sorted(stamps)  # a dict: the cache is named after the stamps, too
-             if name.lower().endswith(known) and "/." not in f"/{name}" and "__MACOSX" not in name}
-    if not names:
-        raise OSError(f"--dataset {path}: no images there; give {', '.join(DATASETS)}, a folder or a .zip")
-    folders = [name.split("/")[:-1] for name in names]
-    depth = len(os.path.commonprefix(folders))  # a class is the first folder below what all share: x/cat/1, x/dog/2
-    kinds = ["".join(folder[depth:depth + 1]) for folder in folders]
-    if CONDITIONAL and args.attr:  # "Smiling + not Male", from the table beside CelebA's pictures
-        data = Path(args.data_dir)
-        table = min(data.rglob("list_attr_celeba.*"), default=data / "list_attr_celeba.txt")
-        header, *rows = [row for line in table.open() if len(row := line.replace(",", " ").split()) > 1]
-        if not set(args.attr) <= set(header):
-            raise OSError(f"--attr {' '.join(args.attr)}: choose from {', '.join(header)}")
-        columns = {name: header.index(name) - len(header) for name in args.attr}  # a row begins with the file's name
-        shown = {row[0]: " + ".join("not " * (row[k] != "1") + name for name, k in columns.items()) for row in rows}
-        kinds = [shown[name.split("/")[-1]] for name in names]
-    classes, labels = np.unique(kinds, return_inverse=True)
-    classes = classes.tolist() if all(classes) else []
-    return names, lambda name: Image.open(archive.open(name) if archive else path / name), labels, classes
+def find_celeba(args):
+    """CelebA's folder or .zip, wherever it lies below --data_dir; or torchvision's download."""
+    pattern = os.path.join(glob.escape(args.data_dir), "**", "img_align_celeba*")
+    for found in sorted(glob.glob(pattern, recursive=True)):
+        if os.path.isdir(found) or found.endswith(".zip"):
+            return Path(found)
+    return Path(download(args).root, "celeba")
 
 def download(args):
     """torchvision's data set of this name, which it downloads where it is not there yet."""
     from torchvision import datasets  # here and not above: --help need not wait for it
-    name = next(name for name in datasets.__all__ if name.lower() == args.dataset.replace("_", ""))
+    kind, files = {
+        "mnist": (datasets.MNIST, "MNIST/raw/*.gz"),
+        "fashion_mnist": (datasets.FashionMNIST, "FashionMNIST/raw/*.gz"),
+        "cifar10": (datasets.CIFAR10, "cifar-10-python.tar.gz"),
+        "celeba": (datasets.CelebA, "img_align_celeba.zip"),
+    }[args.dataset]
     try:
-        return getattr(datasets, name)(args.data_dir, download=True)
-    except (Exception, SystemExit) as e:  # no network, Google's quota, damaged files: the way out is one
-        files = {"CelebA": "img_align_celeba.zip", "CIFAR10": "cifar-10-python.tar.gz"}.get(name, f"{name}/raw/*.gz")
-        raise OSError(f"--dataset {args.dataset}: put {files} into {args.data_dir} yourself; no download: {e}") from e
+        return kind(args.data_dir, download=True)
+    except (Exception, SystemExit) as e:  # no network, a quota, damaged files: one way out of all
+        place = f"put {files} into {args.data_dir}"
+        raise UserError(f"--dataset {args.dataset}: {place}; no download: {e}") from e
 
-def to_pixels(img, size, nc):
-    """PIL image of any kind -> bytes of size x size x nc: the short side resized, the centre cropped."""
+def list_folder(path):
+    """{name: stamp} of all files below a folder, behind links too. Says which cannot be read."""
+    stamps = {}
+    unreadable = []
+    for folder, subfolders, files in os.walk(path, onerror=unreadable.append, followlinks=True):
+        here = Path(folder).resolve()
+        for name in subfolders[:]:
+            if Path(folder, name).resolve() in (here, *here.parents):  # a link that would never end
+                subfolders.remove(name)
+        for name in files:
+            file = Path(folder, name)
+            try:
+                stat = file.stat()
+            except OSError as e:
+                unreadable.append(e)
+                continue
+            # cp -p, mv and chmod change the ctime alone.
+            stamps[file.relative_to(path).as_posix()] = stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns
+    for e in unreadable:
+        say(f"left out {e.filename}: {e.strerror}")
+    return stamps
+
+def open_files(path):
+    """find_images of a folder, or of a .zip, which is read as it is and never extracted."""
+    if zipfile.is_zipfile(path):
+        archive = zipfile.ZipFile(path)
+        entries = {info.filename.replace("\\", "/"): info for info in archive.infolist()}
+        stamps = {name: info.CRC for name, info in entries.items() if not info.is_dir()}
+        stamp = ""
+        open_name = lambda name: Image.open(archive.open(entries[name]))  # any thread may
+    else:
+        stamps = list_folder(path)
+        stamp = str(path.resolve())
+        open_name = lambda name: Image.open(path / name)
+    names = choose_images(stamps)
+    if not names:
+        raise UserError(f"--dataset {path}: no images; give {', '.join(DATASETS)}, a folder or a .zip")
+    labels, classes = find_classes(names)
+    stamp += repr([(name, stamps[name]) for name in names])
+    return names, lambda i: open_name(names[i]), labels, classes, stamp
+
+def choose_images(names):
+    """Those of images, sorted. Says what others there are."""
+    hidden = re.compile(r"(^|/)(\.|__MACOSX/)")
+    visible = [name for name in sorted(names) if not hidden.search(name)]
+    known = tuple(Image.registered_extensions())
+    images = [name for name in visible if name.lower().endswith(known)]
+    others = Counter(PurePosixPath(name).suffix.lower() for name in set(visible) - set(images))
+    if others:
+        text = ", ".join(f"{n} {suffix or 'without a suffix'}" for suffix, n in others.items())
+        way_out = "; save .heic as .jpg" if ".heic" in others else ""
+        say(f"left out files that are no images by their names: {text}{way_out}")
+    return images
+
+def find_classes(names):
+    """Labels and classes, by the first folder below what all names share: x/cat/1, x/dog/2."""
+    folders = [name.split("/")[:-1] for name in names]
+    depth = len(os.path.commonprefix(folders))  # works on lists too
+    kinds = [folder[depth] if len(folder) > depth else None for folder in folders]
+    classes = sorted(set(kinds) - {None})
+    number_of = {name: k for k, name in enumerate(classes)} | {None: -1}
+    return np.array([number_of[kind] for kind in kinds]), classes
+
+def is_deep(img):
+    """Whether an image has 16 or 32 bits or floats: Pillow's modes I;16, I and F."""
+    return img.mode[0] in "IF"
+
+def find_white(open_image, chosen):
+    """What is white in deep images: some hundred of them tell how many bits they have. 1 if floats."""
+    white = 1
+    for i in chosen[::len(chosen) // 100 + 1]:
+        with contextlib.suppress(Exception):  # damaged ones are named later
+            img = open_image(i)
+            if is_deep(img):
+                bits = math.ceil(math.log2(float(np.nanmax(img)) + 1))
+                white = max(white, 2**bits - 1)
+    if white > 1:
+        say(f"in images of more than 8 bits {white} is taken for white")
+    return white
+
+def to_pixels(img, size, nc, white):
+    """PIL image of any kind -> bytes of size x size x nc: short side resized, centre cropped."""
     mode = "L" if nc == 1 else "RGB"
     img.draft(mode, (2 * size, 2 * size))  # JPEG: decode at reduced size
     img = ImageOps.exif_transpose(img)
-    if img.mode.startswith("I"):  # 16 bits a pixel
-        img = Image.fromarray((np.asarray(img).astype(np.int64) >> 8).clip(0, 255).astype(np.uint8))
+    if is_deep(img):
+        pixels = np.asarray(img).astype(np.float64) / white * 255
+        img = Image.fromarray(pixels.round().clip(0, 255).astype(np.uint8))
     if img.has_transparency_data:
         img = Image.alpha_composite(Image.new("RGBA", img.size, "white"), img.convert("RGBA"))
     return ImageOps.fit(img.convert(mode), (size, size), Image.Resampling.BICUBIC).tobytes()
 
-def load_data(args):
-    """--dataset -> images, uint8 (N, H, W, C); labels, int64 (N); names of classes. Decoded once, into a cache file."""
-    names, open_image, labels, classes = find_images(args)
-    if CONDITIONAL and not classes:
-        raise OSError(f"--dataset {args.dataset}: no classes; it takes a folder for each class, or --attr for celeba")
-    chosen = np.sort(np.random.default_rng(0).permutation(len(names))[:args.max_images])
-    made_from = hashlib.sha256(repr((names, args.max_images)).encode()).hexdigest()[:16]
-    name = f"{Path(args.dataset).resolve().stem}-{args.img_size}x{args.nc}-{made_from}.rows"
-    cache = Path(args.data_dir, "cache", name)
-    row = np.dtype([("index", np.int64), ("pixels", np.uint8, (args.img_size, args.img_size, args.nc))])
-    names, failed = list(names), []
+def load_data(args, labelled=False):
+    """--dataset -> images, uint8 (N, H, W, C); labels, int64 (N); names of classes.
+    Decoded once, into a cache file. labelled: only images that have a class."""
+    names, open_image, labels, classes, stamp = find_images(args)
+    size, nc = args.img_size, args.nc
+    chosen = np.arange(len(names))
+    if labelled:
+        if not classes:
+            raise UserError(f"--dataset {args.dataset}: no classes; give a folder for each class")
+        chosen = chosen[labels >= 0]
+        if len(chosen) < len(names):
+            say(f"left out {len(names) - len(chosen)} images that are in none of the class folders")
+    some = np.random.default_rng(0).permutation(len(chosen))[:args.max_images]  # None: all
+    chosen = chosen[np.sort(some)]
+    code = to_pixels.__code__  # whoever edits it wants to see the change
+    made_of = stamp, chosen.tobytes(), code.co_code, code.co_consts, code.co_names, PIL.__version__
+    key = hashlib.sha256(repr(made_of).encode(errors="surrogatepass")).hexdigest()[:16]
+    cache = cache_folder(args) / f"{Path(args.dataset).resolve().stem}-{size}x{nc}-{key}.rows"
+    if not cache.exists():
+        decode(args, names, open_image, chosen, cache)
+    row = np.dtype([("index", np.int64), ("pixels", np.uint8, (size, size, nc))])
+    rows = np.memmap(cache, row, "c")  # copy on write: torch warns of arrays that may only be read
+    unreadable = [str(names[i]) for i in np.setdiff1d(chosen, rows["index"])]
+    if unreadable:
+        some = ", ".join(unreadable[:5])
+        say(f"left out {len(unreadable)} images that cannot be read: {some}")
+    if rows["pixels"][:100].max() < 32:
+        say("warning: these images are nearly black; their values should be 0 to 255")
+    return rows["pixels"], labels[rows["index"]], classes
 
-    def decode(i):
+def cache_folder(args):
+    """Below --data_dir; or, where that may only be read, in the user's own folder."""
+    data = Path(args.data_dir)
+    if data.exists() and not os.access(data, os.W_OK):
+        data = Path.home() / ".cache" / "gan"
+    return data / "cache"
+
+def decode(args, names, open_image, chosen, cache):
+    """Writes the cache: for each image that can be read a row, its index and its pixels."""
+    white = find_white(open_image, chosen)
+    failed = []
+
+    def row(i):
         try:
-            return i.tobytes() + to_pixels(open_image(names[i]), args.img_size, args.nc)
-        except Exception as e:  # noqa: BLE001  damaged files make Pillow and zipfile raise nearly anything
+            return i.tobytes() + to_pixels(open_image(i), args.img_size, args.nc, white)
+        except Exception as e:  # noqa: BLE001  damaged files make Pillow raise nearly anything
             failed.append(f"{names[i]}: {e}")
             return b""
 
-    if not cache.exists():
-        with atomic_write(cache) as f, ThreadPool() as pool:
-            f.writelines(tqdm(pool.imap(decode, chosen, 64), "decoding", len(chosen), unit="img"))
-            if len(failed) == len(chosen):
-                raise OSError(f"--dataset {args.dataset}: no image can be read; the first: {failed[0]}")
-    if failed:
-        print(f"skipped {len(failed)} unreadable images:", *failed[:5], sep="\n  ", file=sys.stderr)
-    rows = np.memmap(cache, row, "c")  # copy on write: torch warns of arrays that may only be read
-    return rows["pixels"], labels[rows["index"]], classes
+    with atomic_write(cache) as f, ThreadPool() as pool:
+        f.writelines(tqdm(pool.imap(row, chosen, 64), "decoding", len(chosen), unit="img"))
+        if len(failed) == len(chosen):
+            raise UserError(f"--dataset {args.dataset}: no image can be read: {failed[0]}")
+
+# ---------------------------------------------------------------------------------------- sampling
 
 def latents(seed, start, n, nz):
-    """Latents start, start + 1, ... of a seed: float32 (n, nz) ~ N(0, 1), by Philox and Box-Muller. infer_ort.py
-    makes the same ones, to the bit, and says how."""
-    blocks = -(-nz // 4)
-    words = np.random.Philox(key=seed, counter=start * blocks).random_raw(4 * blocks * n).reshape(n, -1, 2)
+    """Latents start, start + 1, ... of a seed: float32 (n, nz) ~ N(0, 1), by Philox and Box-Muller.
+    infer_ort.py makes the same ones, to the bit, and says how."""
+    blocks = math.ceil(nz / 4)  # Philox makes four words at a time, and each latent has its own
+    philox = np.random.Philox(key=seed, counter=start * blocks)
+    words = philox.random_raw(4 * blocks * n).reshape(n, -1, 2)
     u = ((words >> np.uint64(11)) + 0.5) * 2.0**-53
-    r, t = np.sqrt(-2 * np.log(u[..., 0])), 2 * np.pi * u[..., 1]
+    r = np.sqrt(-2 * np.log(u[..., 0]))
+    t = 2 * np.pi * u[..., 1]
     return np.stack((r * np.cos(t), r * np.sin(t)), -1).reshape(n, -1)[:, :nz].astype(np.float32)
 
 @torch.no_grad()
 def generate(netG, z, labels, batch_size=64):
-    """Latents (n, nz), labels (n) -> uint8 (n, H, W, C). Whole batches, the last one padded: n changes no picture."""
-    device, images = next(netG.parameters()).device, []
+    """Latents (n, nz), labels (n) -> uint8 (n, H, W, C). The last batch is padded: n changes no picture."""
+    device = next(netG.parameters()).device
+    images = []
     for i in range(0, len(z), batch_size):
         rows = np.arange(i, i + batch_size).clip(max=len(z) - 1)  # the last one again and again
-        inputs = [torch.from_numpy(x[rows]).to(device) for x in ((z, labels) if CONDITIONAL else (z,))]
-        images.append(to_uint8(netG(*inputs)))
+        z_batch = torch.from_numpy(z[rows]).to(device)
+        labels_batch = torch.from_numpy(labels[rows]).to(device)
+        images.append(to_uint8(netG(z_batch, labels_batch)))
     return np.concatenate(images)[:len(z)]
 
 def to_uint8(images):
-    """float (N, C, H, W) in [-1, 1] -> uint8 (N, H, W, C) array. The one conversion, also in export.py's graph."""
-    return (images.float() * 127.5 + 128).clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
+    """float (N, C, H, W) in [-1, 1] -> uint8 (N, H, W, C) array: the one conversion, as in export.py."""
+    pixels = (images.float() * 127.5 + 128).clamp(0, 255).to(torch.uint8)  # 127.5 + 0.5, to round
+    return pixels.permute(0, 2, 3, 1).cpu().numpy()
 
-def save_grid(path, frames, columns=None, duration=50):
-    """Arrays uint8 (N, H, W, C) -> an image file, a grid; of several an animation, each for so many milliseconds."""
+def save_grid(path, images, columns):
+    """uint8 (N, H, W, C) -> a PNG file, so many pictures in a row."""
     from torchvision.utils import make_grid  # here and not above: --help need not wait for it
-    columns = columns or math.ceil(math.sqrt(len(frames[0])))
-    grids = [make_grid(torch.from_numpy(x.copy()).permute(0, 3, 1, 2), columns, pad_value=255) for x in frames]
-    first, *others = [Image.fromarray(grid.permute(1, 2, 0).numpy()) for grid in grids]
+    grid = make_grid(torch.from_numpy(images.copy()).permute(0, 3, 1, 2), columns, pad_value=255)
     with atomic_write(path) as f:
-        first.save(f, path.suffix[1:], save_all=True, append_images=others, loop=0, duration=duration)
+        Image.fromarray(grid.permute(1, 2, 0).numpy()).save(f, "png")
+
+def save_npz(path, batches, shape, labels):
+    """arr_0: uint8 of this shape, written as the batches come. labels: int64 (N), or None."""
+    header = {"descr": "|u1", "fortran_order": False, "shape": shape}
+    with atomic_write(path) as f, zipfile.ZipFile(f, "w") as archive:
+        with archive.open("arr_0.npy", "w", force_zip64=True) as entry:
+            np.lib.format.write_array_header_1_0(entry, header)
+            for images in batches:
+                entry.write(images.tobytes())
+        if labels is not None:
+            with archive.open("labels.npy", "w", force_zip64=True) as entry:
+                np.lib.format.write_array(entry, labels)
+
+def choose_labels(text, classes):
+    """--labels -> numbers of classes, all if there is no text."""
+    numbers = {str(k): k for k in range(len(classes))}
+    numbers |= {name: k for k, name in enumerate(classes)}  # a name comes before a number
+    asked = classes if text is None else [name.strip() for name in text.split(",")]
+    if not set(asked) <= set(numbers):
+        raise UserError(f"--labels {text}: choose from {', '.join(numbers) or 'none'}")
+    return [numbers[name] for name in asked]
 
 def sample(args):
-    """--sample: pictures of a checkpoint's generator, as a grid, an animation, an array or a folder."""
+    """--sample: pictures of a checkpoint's generator, as a grid, an array or a folder."""
     path = last_checkpoint(args.sample)
     netG, classes = load_generator(path)
     netG.to(pick_device(args.device))
-    out = Path(args.out or f"{os.path.splitext(path)[0]}_samples.{'gif' if args.interpolate else 'png'}")
-    if out.suffix not in (".png", ".gif", ".npz", ""):
-        raise OSError(f"--out {out}: give a .png, a .gif, an .npz or a folder")
-    numbers = {str(k): k for k in range(len(classes))} | {name: k for k, name in enumerate(classes)}
-    asked = args.labels.split(",") if CONDITIONAL and args.labels else classes
-    if not set(asked) <= set(numbers):
-        raise OSError(f"--labels {args.labels}: this generator's classes are {', '.join(numbers)}")
-    n, nz = args.n_samples or 10 * len(asked) or 64, netG.config["nz"]
-    z, others = np.split(latents(args.seed, 0, 2 * n, nz), 2)
-    if args.walk_dim is not None:
-        if not 0 <= args.walk_dim < nz:
-            raise OSError(f"--walk_dim {args.walk_dim}: this generator's latents have coordinates 0 to {nz - 1}")
-        z = z[:1].repeat(n, 0)
-        z[:, args.walk_dim] += 0.01 * np.arange(n)
-    # --interpolate: a great circle through two latents, closed, and every point on it again ~ N(0, 1); else t is 0
-    t = np.linspace(0, 2 * np.pi, args.interpolate or 1, endpoint=False, dtype=np.float32)[:, None, None]
-    z = (np.cos(t) * z + np.sin(t) * others).reshape(-1, nz)
-    labels = np.tile(np.resize([numbers[name] for name in asked] or [0], n), len(t))
-    images = generate(netG, z, labels, args.batch_size)
-    if out.suffix == ".npz":
-        with atomic_write(out) as f:
-            np.savez(f, images, **({"labels": labels} if CONDITIONAL else {}))
-    elif out.suffix:
-        save_grid(out, images.reshape(len(t), n, *images.shape[1:]), len(asked))
+    nz, size, nc = (netG.config[name] for name in ("nz", "img_size", "nc"))
+    out = args.out or f"{os.path.splitext(path)[0]}_samples.png"
+    suffix = "" if out.endswith(("/", os.sep)) else Path(out).suffix
+    if suffix not in (".png", ".npz", ""):
+        raise UserError(f"--out {out}: give a .png, an .npz or a folder/")
+    if args.walk_dim is not None and args.walk_dim >= nz:
+        raise UserError(f"--walk_dim {args.walk_dim}: the coordinates are 0 to {nz - 1}")
+    asked = choose_labels(args.labels, classes)
+    n = args.n_samples or 10 * len(asked) or 64
+    labels = np.resize(asked or [0], n).astype(np.int64)
+
+    def batches():
+        for i in tqdm(range(0, n, args.batch_size), "sampling", unit="batch", delay=2):
+            k = min(args.batch_size, n - i)
+            z = latents(args.seed, i, k, nz)
+            if args.walk_dim is not None:
+                z[:] = latents(args.seed, 0, 1, nz)
+                z[:, args.walk_dim] += 0.01 * np.arange(i, i + k)
+            yield generate(netG, z, labels[i:i + k], args.batch_size)
+
+    if suffix == ".npz":
+        save_npz(Path(out), batches(), (n, size, size, nc), labels if classes else None)
+    elif suffix == ".png":
+        save_grid(Path(out), np.concatenate(list(batches())), len(asked) or math.ceil(math.sqrt(n)))
     else:
-        for i, image in enumerate(images):
-            with atomic_write(out / f"{i:06d}.png") as f:
+        for i, image in enumerate(itertools.chain.from_iterable(batches())):
+            with atomic_write(Path(out, f"{i:06d}.png")) as f:
                 Image.fromarray(image.squeeze()).save(f, "png")
     print(f"wrote {out}")
 
-def last_checkpoint(path):
-    """path; or where that is the folder of a run, or a pattern of such, the checkpoint that was last written there."""
-    folder = glob.escape(path) if os.path.isdir(path) else path
-    return max(glob.glob(f"{folder}/checkpoint*.pt"), key=os.path.getmtime, default=path)
+# ------------------------------------------------------------------------------------- checkpoints
 
-def load_checkpoint(path, scripts=(SCRIPT,)):
-    """What torch.save wrote, on the CPU. OSError if it is damaged or none of `scripts` wrote it (None: others)."""
+def last_checkpoint(path):
+    """path; or, of a run's folder, the last checkpoint: by name, for copying changes times."""
+    if not os.path.isdir(path):
+        return str(path)
+    numbered = sorted(Path(path).glob("checkpoint_epoch_*.pt"), reverse=True)
+    for found in [*Path(path).glob("checkpoint.pt"), *numbered]:
+        return str(found)
+    raise UserError(f"{path}: there is no checkpoint.pt in this folder")
+
+def newest_stopped_run():
+    """The checkpoint, of this script's runs that have steps left, that was written last."""
+    stopped = {}
+    for path in glob.glob(f"runs/{SCRIPT}-*/checkpoint.pt"):
+        try:
+            ckpt = load_checkpoint(path)
+        except UserError as e:
+            say(f"left out {e}")
+            continue
+        if ckpt["step"] < ckpt["total"]:
+            stopped[ckpt["time"]] = path
+    if not stopped:
+        raise UserError(f"--resume: no run in runs/{SCRIPT}-* has steps left; give one, and --max_steps")
+    return stopped[max(stopped)]
+
+def load_checkpoint(path, methods=(METHOD,)):
+    """What torch.save wrote, on the CPU. UserError if it is damaged or of none of the methods.
+    A method of None: somebody else's."""
     with open(path, "rb") as f:
         try:
-            ckpt = torch.load(f, map_location="cpu", weights_only=True)  # tensors and containers: no file can run code
+            ckpt = torch.load(f, map_location="cpu", weights_only=True)  # which runs no code
             wrote = ckpt.get("script")
         except Exception as e:  # damaged files make torch raise nearly anything
-            raise OSError(f"{path}: damaged, or no dict of tensors; of a pickled net, save net.state_dict()") from e
-    if wrote not in scripts:
-        raise OSError(f"{path}: not for {SCRIPT}.py, it was written by {f'{wrote}.py' if wrote else 'something else'}")
+            raise UserError(f"{path}: damaged, or no dict of tensors as net.state_dict() is") from e
+    if wrote not in methods:
+        raise UserError(f"{path}: not for {SCRIPT}.py, it is of {wrote or 'something else'}")
     return ckpt
 
 def load_generator(path):
-    """(netG in eval mode, names of its classes) of this script's checkpoint, or of somebody else's state dict."""
-    ckpt = load_checkpoint(path, (SCRIPT, None))
-    keys = ("netG_ema", "g_model_state_dict", "generator", "netG", "state_dict", "model_state_dict")
+    """(netG in eval mode, names of its classes), of this method's checkpoint or somebody else's."""
+    ckpt = load_checkpoint(path, (METHOD, None))
+    if "config" in ckpt and "netG_ema" in ckpt:
+        netG = Generator(**ckpt["config"])
+        load_state(netG, ckpt["netG_ema"], path)
+    else:
+        netG = find_generator(ckpt, path)
+    n_classes = netG.config.get("n_classes", 0)
+    classes = ckpt.get("classes") or [str(k) for k in range(n_classes)]
+    return netG.eval(), classes[:n_classes]
+
+def find_generator(ckpt, path):
+    """The first state dict in somebody's checkpoint that fits Generator, whatever it is called."""
+    dicts = [value for value in ckpt.values() if isinstance(value, dict)]
+    for state in [*dicts, ckpt]:
+        names = [name for name in state if isinstance(name, str)]
+        prefixes = {name.partition("main.0.")[0] for name in names if "main.0." in name}
+        for prefix in sorted(prefixes):  # "", "module.", "netG.", ...
+            part = {name.removeprefix(prefix): state[name] for name in names if name.startswith(prefix)}
+            with contextlib.suppress(Exception):  # another net, netD perhaps
+                netG = Generator(**config_of(part))
+                netG.load_state_dict(part)
+                return netG
+    raise UserError(f"{path}: no state dict in it fits the Generator of {SCRIPT}.py")
+
+def load_state(part, state, path):
+    """part.load_state_dict(state). An optimizer keeps today's options, such as betas."""
+    groups = getattr(part, "param_groups", None)
     try:
-        state = next((ckpt[key] for key in keys if key in ckpt), ckpt)
-        state = {name.removeprefix("module."): tensor for name, tensor in state.items()}
-        config = ckpt.get("config") or config_of(state)
-    except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as e:
-        raise OSError(f"{path}: no generator in it, at the top or under {', '.join(keys)}") from e
-    netG = Generator(**config).eval()
-    netG.load_state_dict(state)
-    return netG, (ckpt.get("classes") or [str(k) for k in range(config["n_classes"])]) if CONDITIONAL else []
+        if groups and ("betas" in groups[0]) != ("betas" in state["param_groups"][0]):
+            raise ValueError("Adam is not RMSprop")
+        part.load_state_dict(state)
+    except (KeyError, RuntimeError, ValueError) as e:
+        raise UserError(f"{path}: of other nets or optimizers than asked for: {e}") from e
+    if groups:
+        part.param_groups = groups
+
+# --------------------------------------------------------------------------------------------- run
 
 def pick_device(name):
-    """torch.device of --device."""
-    best = torch.accelerator.current_accelerator(check_available=True) or "cpu"
-    return torch.zeros(1, device=best if name == "auto" else name).device
+    """torch.device of --device, with its number. UserError if it cannot be used."""
+    try:
+        if name == "auto":
+            name = torch.accelerator.current_accelerator(check_available=True) or "cpu"
+        return torch.zeros(1, device=name).device
+    except (AssertionError, RuntimeError) as e:
+        raise UserError(f"--device {name}: {e}") from e
+
+@torch.no_grad()
+def measure_batchnorm(netG, z, labels):
+    """Gives averaged weights BatchNorm statistics of their own: Izmailov et al. 2018, section 3.1."""
+    for layer in netG.modules():
+        if isinstance(layer, (nn.BatchNorm1d, nn.BatchNorm2d)):
+            layer.reset_running_stats()
+            layer.momentum = None  # the mean over all batches
+    netG.train()
+    generate(netG, z, labels)
+    netG.eval()
 
 class Run:
-    """What surrounds the method: processes, data, log, pictures, checkpoints. It takes no gradient step."""
+    """What surrounds the method: processes, data, log, pictures, checkpoints."""
 
-    def __init__(self, args):
-        env = (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1))  # torchrun sets them
-        self.rank, local_rank, self.world = (int(os.environ.get(name, default)) for name, default in env)
-        if self.world > 1:
-            if torch.cuda.is_available():
-                torch.cuda.set_device(local_rank)
-            dist.init_process_group(timeout=datetime.timedelta(hours=6))
-            if local_rank == 0:  # one process of a machine downloads and decodes, the others find what it has cached
-                load_data(args)
-            dist.barrier()
-        self.args, self.device = args, pick_device(args.device)
-        cuda = self.device.type == "cuda"
-        fast = torch.cuda.is_bf16_supported(False) if cuda else torch.cpu.get_capabilities().get("avx512_bf16", False)
-        bf16 = {"auto": fast, "bf16": True, "fp32": False}[args.precision]
-        self.autocast = functools.partial(torch.autocast, self.device.type, torch.bfloat16, enabled=bf16)
-        torch.backends.cudnn.benchmark = True
-        torch.set_float32_matmul_precision("high")  # on GPUs TF32, which convolutions have by default
-        if sys.platform == "linux":  # glibc would give freed blocks back and page them in again: 2 to 5 % of a step
-            ctypes.CDLL(None).mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
-            ctypes.CDLL(None).mallopt(-3, 2**30)  # M_MMAP_THRESHOLD
-        images, labels, self.classes = load_data(args)
-        self.batch = args.batch_size * self.world  # of all processes together
-        if self.batch > len(images):
-            raise OSError(f"--batch_size {args.batch_size}: a step needs {self.batch} images, there are {len(images)}")
-        self.epoch_size = len(images) // self.batch * self.batch  # what is left over fills no batch
-        where = self.device if cuda and images.nbytes < torch.cuda.mem_get_info(self.device)[0] / 2 else "cpu"
-        self.images, self.labels = torch.from_numpy(images).to(where), torch.from_numpy(labels).to(where)
-        self.step = self.seen = self.signum = 0  # seen: images, by all processes
-        self.old, self.values = [], {}  # fakes for --replay; what is to be logged
+    def __init__(self, args, labelled=False):
+        """labelled: train only on images that have a class."""
+        self.args = args
+        self.start_processes()  # sets rank, local_rank, world, device
+        self.set_precision()  # autocast, memory_format
+        self.load_images(labelled)  # images, labels, classes, batch, epoch_size
+        self.step = self.seen = 0  # seen: images, by all processes
+        self.signum = 0
+        self.has_checkpoint = False
+        self.to_log = {}
         self.order = None
         torch.manual_seed(args.seed)
 
+    @property
+    def done(self):
+        """How much of the run is over, from 0 to 1."""
+        return self.step / self.total
+
+    @property
+    def epoch(self):
+        """How many times the data has been seen, with a fraction."""
+        return self.seen / self.epoch_size
+
+    def start_processes(self):
+        """torchrun says which process of how many this is; on GPUs each has its own."""
+        self.rank = self.local_rank = 0
+        self.world = int(os.environ.get("WORLD_SIZE", "1"))
+        if self.world == 1:
+            self.device = pick_device(self.args.device)
+            return
+        if "MASTER_ADDR" not in os.environ:
+            raise UserError("WORLD_SIZE is set, but not MASTER_ADDR: start by torchrun, or unset it")
+        self.rank, self.local_rank = int(os.environ["RANK"]), int(os.environ["LOCAL_RANK"])
+        name = self.args.device
+        if name == "auto":
+            name = "cuda" if torch.cuda.is_available() else "cpu"  # gloo cannot exchange on MPS
+        if name == "cuda":
+            gpus = torch.cuda.device_count()
+            if self.local_rank >= gpus:
+                raise UserError(f"--nproc_per_node: there are {gpus} GPUs; start fewer, or --device cpu")
+            torch.cuda.set_device(self.local_rank)
+        self.device = pick_device(name)
+        backend = "nccl" if self.device.type == "cuda" else "gloo"
+        dist.init_process_group(backend, timeout=datetime.timedelta(hours=6))  # one may decode for long
+
+    def set_precision(self):
+        """bf16 where it is fast, TF32 on GPUs, and the order of dimensions in memory."""
+        args, kind = self.args, self.device.type
+        if kind == "cuda":
+            fast = torch.cuda.is_bf16_supported(including_emulation=False)
+        else:
+            fast = kind == "cpu" and torch.cpu.get_capabilities().get("avx512_bf16", False)
+        bf16 = {"auto": fast, "bf16": True, "fp32": False}[args.precision]
+        self.autocast = functools.partial(torch.autocast, kind, torch.bfloat16, enabled=bf16)
+        self.memory_format = torch.channels_last
+        if kind == "mps" or (kind == "cuda" and args.compile):  # pytorch#175189, #171622
+            self.memory_format = torch.contiguous_format
+        if kind == "mps":
+            if args.compile or self.world > 1:
+                raise UserError("on MPS neither --compile nor several processes: --device cpu, or without")
+            say("MPS is untested here, and PyTorch before 2.14 has known faults there; --device cpu is safe")
+        torch.backends.cudnn.benchmark = True
+        torch.set_float32_matmul_precision("high")  # TF32, which convolutions have by default
+
+    def load_images(self, labelled):
+        """One process of a machine decodes, the others find its cache. Kept on the GPU if they fit."""
+        if self.local_rank > 0:
+            dist.barrier()  # until the other barrier
+        images, labels, self.classes = load_data(self.args, labelled)
+        if self.local_rank == 0 and self.world > 1:
+            dist.barrier()
+        self.batch = self.args.batch_size * self.world  # of all processes together
+        if self.batch > len(images):
+            raise UserError(f"--batch_size: a step takes {self.batch} images, there are {len(images)}")
+        self.epoch_size = len(images) // self.batch * self.batch  # the rest fills no batch
+        self.images, self.labels = torch.from_numpy(images), torch.from_numpy(labels)
+        if self.device.type != "cuda":
+            return
+        free, _ = torch.cuda.mem_get_info(self.device)
+        if images.nbytes < free / 2:
+            on_gpu = torch.empty(images.shape, dtype=torch.uint8, device=self.device)
+            for i in range(0, len(images), 4096):  # all at once would be copied in host memory, too
+                on_gpu[i:i + 4096] = self.images[i:i + 4096]
+            self.images, self.labels = on_gpu, self.labels.to(self.device)
+
     def parallel(self, net):
-        """net, compiled with --compile; under torchrun in DistributedDataParallel, which averages gradients."""
+        """net, compiled with --compile; under torchrun one that averages gradients."""
         if self.args.compile:
-            net.compile(dynamic=False)  # in place: names stay; forward() is as it was, for second derivatives
+            net.compile(dynamic=False)  # in place: names stay, and forward() is as it was
         if self.world > 1:
             net = DistributedDataParallel(net)
-            net.broadcast_buffers = False  # a broadcast between netD's two forwards would spoil the backward
+            net.broadcast_buffers = False  # between netD's two forwards it would spoil the backward
         return net
 
     def steps(self, **state):
-        """Yields (step, real (N, nc, H, W) in [-1, 1], labels (N), numbers of self.classes) until the run is done.
-        state: nets and optimizers, kept in checkpoints by these names, restored by --resume; netG_ema is sampled."""
+        """Yields (step, real, labels) until the run is done: (N, nc, H, W) in [-1, 1], (N) numbers of classes.
+        state: what checkpoints keep by these names and --resume restores; netG_ema is sampled."""
         self.state = state
         if self.args.resume:
-            ckpt = load_checkpoint(self.args.resume)
-            for name, part in state.items():
-                part.load_state_dict(ckpt[name])
-            self.step, self.old = ckpt["step"], ckpt["old"]
-            self.seen = ckpt["seen"] // self.batch * self.batch
-        self.begin()
-        last = False
-        with tqdm(total=self.total, initial=self.step, unit="step", disable=self.rank > 0) as self.bar:
-            while not last:
+            self.restore()
+        self.plan()
+        self.check_generator()
+        bar = tqdm(total=self.total, initial=self.step, unit="step", disable=self.rank > 0)
+        with self.claim_folder(), self.heed_signals(), bar as self.bar:
+            if self.rank == 0:
+                self.begin()
+            self.logged, self.log_time = self.step, time.perf_counter()
+            stop = 0
+            while self.step < self.total and not stop:
                 yield self.step, *self.next_batch()
-                self.step, self.seen = self.step + 1, self.seen + self.batch
-                self.bar.update()
-                stop = self.stop_signal()
-                last = stop or self.step == self.total
-                keep = self.args.keep_every and self.seen % (self.args.keep_every * self.epoch_size) == 0
-                save = last or keep or self.step % self.interval == 0
-                if save or self.step % self.args.log_interval == 0:
-                    self.write_log()  # which checks the weights
-                if save and self.rank == 0:
-                    self.save(keep)
-        if self.rank == 0:
-            self.end()
-        if self.step < self.total:
+                stop = self.after_step()
+            if self.rank == 0 and self.step == self.total:
+                self.save_gif()
+        if stop:
+            if self.rank == 0 and stop != SIGHUP:  # there is no terminal any more
+                print(f"stopped at step {self.step}; go on with: {self.command('--resume')}")
             sys.exit(128 + stop)
+        if self.rank == 0:
+            print(f"done: {self.out_dir}; more pictures: {self.command('--sample')}")
+
+    def after_step(self):
+        """Counts, logs and saves. Returns the signal that ends the run, or 0."""
+        self.step += 1
+        self.seen += self.batch
+        self.bar.update()
+        stop = self.agreed_signal()
+        every = self.args.keep_every
+        keep = every and self.seen % (every * self.epoch_size) == 0
+        save = keep or stop or self.step == self.total or self.step % self.interval == 0
+        if save or self.step % self.args.log_interval == 0:
+            self.write_log()
+        if save and self.rank == 0:
+            self.save(keep)
+            self.draw()
+        return stop
+
+    def command(self, flag):
+        """What to type to go on with this run."""
+        return f"python {SCRIPT}.py {flag} {shlex.quote(str(self.out_dir))}"
+
+    def restore(self):
+        """Takes everything in self.state from the checkpoint of --resume."""
+        path = self.args.resume
+        ckpt = load_checkpoint(path)
+        if "n_classes" in ckpt["config"] and ckpt["classes"] != self.classes:
+            raise UserError(f"--resume: {path} has the classes {', '.join(ckpt['classes'])}; "
+                            f"--dataset {self.args.dataset} has {', '.join(self.classes)}")
+        for name, part in self.state.items():
+            load_state(part, ckpt.get(name, {}), path)
+        self.step = ckpt["step"]
+        self.seen = ckpt["seen"] // self.batch * self.batch
+        self.has_checkpoint = True
+
+    def plan(self):
+        """How long the run is, how often it saves, and what its grids show."""
+        args = self.args
+        self.total = args.max_steps
+        if args.epochs:
+            self.total = self.step + (args.epochs * self.epoch_size - self.seen) // self.batch
+        if self.step >= self.total:
+            raise UserError(f"{args.resume} has done its {self.step} steps; give more --max_steps or --epochs")
+        self.interval = args.save_interval or max(100, self.total // 50)
+        n_classes = self.state["netG_ema"].config.get("n_classes", 0)
+        self.inputs = latents(args.seed, 0, 512, args.nz), np.arange(512) % max(1, n_classes)
+        self.columns, self.n_grid = 8, 64
+        if n_classes:
+            self.columns, self.n_grid = min(n_classes, 100), min(10 * n_classes, 512)
+
+    def check_generator(self):
+        """Fails before the first step where pictures or checkpoints cannot be made of netG_ema."""
+        netG = self.state["netG_ema"]
+        shape = generate(netG, *self.inputs)[:1].shape
+        wanted = (1, self.args.img_size, self.args.img_size, self.args.nc)
+        if shape != wanted:
+            raise ValueError(f"netG makes pictures of shape {shape}, the images have {wanted}")
+        Generator(**netG.config).load_state_dict(netG.state_dict())  # as --sample will
+
+    @contextlib.contextmanager
+    def claim_folder(self):
+        """A folder for this process alone. A new run takes the next name that is free: -2, -3, ..."""
+        args = self.args
+        name = args.out_dir or f"runs/{SCRIPT}-{Path(args.dataset).resolve().stem}"
+        for number in itertools.count(1):
+            if self.rank > 0:  # the first process writes
+                yield
+                return
+            self.out_dir = Path(name if number == 1 else f"{name}-{number}")
+            self.out_dir.mkdir(parents=True, exist_ok=True)
+            lock = FileLock(self.out_dir / ".lock", timeout=0)
+            if args.resume or set(os.listdir(self.out_dir)) <= {".lock"}:
+                with contextlib.suppress(Timeout), lock:
+                    if args.resume or os.listdir(self.out_dir) == [".lock"]:
+                        yield
+                        return
+            if args.resume:
+                raise UserError(f"--resume: another process is training in {self.out_dir}")
+
+    @contextlib.contextmanager
+    def heed_signals(self):
+        """Inside, SIGINT, SIGTERM and SIGHUP end the run after its step; a SIGHUP of nohup does nothing."""
+        def note(signum, frame):
+            self.signum = signum
+
+        wanted = {signal.SIGINT, signal.SIGTERM}
+        if SIGHUP and signal.getsignal(SIGHUP) != signal.SIG_IGN:
+            wanted.add(SIGHUP)
+        if threading.current_thread() is not threading.main_thread():
+            wanted = set()  # only the main thread may
+        before = {signum: signal.signal(signum, note) for signum in wanted}
+        try:
+            yield
+        finally:
+            for signum, handler in before.items():
+                signal.signal(signum, handler)
 
     def begin(self):
-        """Whatever is done once, before the first step."""
-        args, classes = self.args, len(self.classes) if CONDITIONAL else 0
-        self.total = args.max_steps or self.step + (args.epochs * self.epoch_size - self.seen) // self.batch
-        if self.step >= self.total:
-            raise OSError(f"--resume: {args.resume} has done its {self.step} steps; give more --epochs or --max_steps")
-        self.interval = args.save_interval or max(100, self.total // 50)
-        self.inputs = latents(args.seed, 0, 512, args.nz), np.arange(512) % (classes or 1)
-        self.columns, self.n_grid = min(classes, 100) or 8, 10 * classes or 64
-        self.logged, self.log_time = self.step, time.perf_counter()
-        for signum in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(signum, lambda signum, frame: setattr(self, "signum", signum))  # heeded after the step
-        if self.rank > 0:
-            return
-        name = Path(args.out_dir or f"runs/{SCRIPT}-{Path(args.dataset).resolve().stem}")
-        self.out_dir, number = name, 1
-        while not args.resume and any(self.out_dir.glob("*")):  # a new run never goes over another one: -2, -3, ...
-            number += 1
-            self.out_dir = Path(f"{name}-{number}")
+        """Says what is done; shows real images, and what netG makes before its first step."""
+        args = self.args
         some = np.random.default_rng(args.seed).permutation(len(self.images))[:64]
-        save_grid(self.out_dir / "samples" / "real.png", [self.images[some].cpu().numpy()])
-        print(f"{len(self.images)} images {args.img_size}x{args.img_size}x{args.nc}, {len(self.classes)} classes; "
-              f"{self.world} x {self.device}; {self.total} steps -> {self.out_dir}", flush=True)
+        save_grid(self.out_dir / "samples" / "real.png", self.images[some].cpu().numpy(), 8)
+        g_steps = max(0, self.total - vars(args).get("pretrain_d", 0)) // args.d_steps
+        length = f"{self.total} steps"
+        if g_steps != self.total:
+            length = f"{self.total} netD steps, {g_steps} netG steps"
+        images = f"{len(self.images)} images {args.img_size}x{args.img_size}x{args.nc}"
+        print(f"{images}, {len(self.classes)} classes; {self.world} x {self.device}; "
+              f"{length} -> {self.out_dir}", flush=True)
         if args.tensorboard:
             from torch.utils.tensorboard import SummaryWriter
             self.writer = SummaryWriter(self.out_dir)
+        self.draw()
 
     def next_batch(self):
-        """All of a step's randomness comes from (seed, step, rank): a resume needs no other random state."""
-        args = self.args
+        """A step's randomness comes from (seed, step, rank): a resume needs no other random state."""
+        args, device = self.args, self.device
         epoch, start = divmod(self.seen, self.epoch_size)
         if start == 0 or self.order is None:
             order = np.random.default_rng((args.seed, epoch)).permutation(len(self.images))
             self.order = torch.from_numpy(order).to(self.images.device)
         seed = int(np.random.SeedSequence((args.seed, self.step, self.rank)).generate_state(1)[0])
-        # torch.manual_seed formats a stack trace even without a GPU: 6 % of gan.py's step.
-        torch.default_generator.manual_seed(seed) if self.device.type == "cpu" else torch.manual_seed(seed)
+        cuda = device.type == "cuda"
+        if cuda:  # not torch.manual_seed, which seeds all devices: 6 % of gan.py's step
+            torch.cuda.default_generators[device.index].manual_seed(seed)
+        elif device.type == "cpu":
+            torch.default_generator.manual_seed(seed)
+        else:
+            torch.manual_seed(seed)
         index = self.order[start + self.rank:start + self.batch:self.world]
-        real = self.images[index]
-        if self.device.type == "cuda" and not real.is_cuda:
-            real = real.pin_memory()  # the GPU takes it when it gets there, and nobody waits
-        real = real.to(self.device, non_blocking=True).permute(0, 3, 1, 2).float().sub_(127.5).div_(127.5)
+        real, labels = self.images[index], self.labels[index]
+        if cuda and not real.is_cuda:  # pinned, so that nobody waits until the GPU takes them
+            real, labels = real.pin_memory(), labels.pin_memory()
+        real, labels = real.to(device, non_blocking=cuda), labels.to(device, non_blocking=cuda)
+        real = real.permute(0, 3, 1, 2).float().sub_(127.5).div_(127.5)
+        if device.type == "mps":
+            real = real.clone(memory_format=torch.contiguous_format)
         if args.hflip:
-            real = torch.where(torch.rand(len(real), 1, 1, 1, device=self.device) < 0.5, real.flip(3), real)
-        return real, self.labels[index].to(self.device, non_blocking=True)
+            flip = torch.rand(len(real), 1, 1, 1, device=device) < 0.5
+            real = torch.where(flip, real.flip(3), real)
+        return real, labels
 
-    def replay(self, *new):
-        """Fakes (N, ...) and their labels, some swapped for older ones (Shrivastava et al. 2017, section 2.3)."""
-        k = round(self.args.replay * len(new[0]))
-        if k:
-            self.old = [torch.cat((o.to(n), n))[-8 * len(n):] for o, n in zip(self.old or new, new)]  # of eight steps
-            pick = torch.randperm(len(self.old[0]), device=self.device)[:k]
-            new = [torch.cat((n[k:], o[pick])) for o, n in zip(self.old, new)]
-        return new
-
-    def log(self, **values):
-        """Tensors, whose means since the last line go to the log. Nobody waits for the GPU here."""
+    def log(self, values):
+        """{name: tensor}: their means go to the next line of the log. Nobody waits for the GPU here."""
         for name, value in values.items():
-            self.values.setdefault(name, []).append(value.detach())
+            self.to_log.setdefault(name, []).append(value.detach())
 
     def write_log(self):
-        """A line of log.jsonl, the bar and TensorBoard. Stops the run where losses or weights are not finite."""
-        row = {name: torch.stack(values).float().mean().item() for name, values in self.values.items()}
-        weights = [w for part in self.state.values() if isinstance(part, nn.Module) for w in part.parameters()]
-        if not all(map(math.isfinite, (nn.utils.get_total_norm(weights).item(), *row.values()))):
-            raise FloatingPointError(f"losses or weights are not finite at step {self.step}: try a lower --lr, --gp r1 "
-                                     "or --precision fp32; the last checkpoint is good")
+        """A line of log.jsonl, the bar and TensorBoard."""
+        means = [torch.stack(values).float().mean() for values in self.to_log.values()]
+        row = dict(zip(self.to_log, torch.stack(means).tolist()))
+        self.check_finite(row)
         now = time.perf_counter()
         row["images/s"] = (self.step - self.logged) * self.batch / (now - self.log_time)
-        self.values, self.logged, self.log_time = {}, self.step, now
+        self.to_log, self.logged, self.log_time = {}, self.step, now
         self.bar.set_postfix(row)
         if self.rank > 0:
             return
-        place = {"step": self.step, "epoch": self.seen / self.epoch_size, "time": time.time()}
+        place = {"step": self.step, "epoch": self.epoch, "time": time.time()}
         with open(self.out_dir / "log.jsonl", "a") as f:
             f.write(json.dumps(place | row) + "\n")
         if self.args.tensorboard:
             for name, value in row.items():
                 self.writer.add_scalar(name, value, self.step)
 
+    def check_finite(self, row):
+        """Stops the run where losses or weights are not finite: no checkpoint has such."""
+        nets = [part for part in self.state.values() if isinstance(part, nn.Module)]
+        norm = nn.utils.get_total_norm([w for net in nets for w in net.parameters()]).item()
+        if not all(math.isfinite(value) for value in (norm, *row.values())):
+            kept = "the last checkpoint is good" if self.has_checkpoint else "nothing is saved yet"
+            said = f"losses or weights are not finite at step {self.step}; {kept}"
+            raise FloatingPointError(f"{said}; try a lower --lr, more --gp_weight or --precision fp32")
+
     def save(self, keep):
-        """A checkpoint and a grid. netG_ema gets BatchNorm statistics of its own (Izmailov et al. 2018, section 3)."""
-        netG = self.state["netG_ema"].train()
-        for layer in netG.modules():
-            if isinstance(layer, (nn.BatchNorm1d, nn.BatchNorm2d)):
-                layer.reset_running_stats()
-                layer.momentum = None  # the mean over batches
-        generate(netG, *self.inputs)
-        netG.eval()
-        ckpt = {"script": SCRIPT, "args": vars(self.args), "config": netG.config, "classes": self.classes,
-                "step": self.step, "seen": self.seen, "old": self.old}
+        """A checkpoint; keep: a numbered one too."""
+        netG = self.state["netG_ema"]
+        measure_batchnorm(netG, *self.inputs)
+        ckpt = {"script": METHOD, "args": vars(self.args), "config": netG.config}
+        ckpt |= {"classes": self.classes, "step": self.step, "total": self.total}
+        ckpt |= {"seen": self.seen, "time": time.time()}
+        ckpt |= {name: part.state_dict() for name, part in self.state.items()}
         buffer = io.BytesIO()  # torch.save into a file hides why it fails
-        torch.save(ckpt | {name: part.state_dict() for name, part in self.state.items()}, buffer)
-        names = ["checkpoint.pt", f"checkpoint_epoch_{self.seen // self.epoch_size:04d}.pt"]
-        for name in names if keep else names[:1]:
+        torch.save(ckpt, buffer)
+        names = ["checkpoint.pt"]
+        if keep:
+            names.append(f"checkpoint_epoch_{int(self.epoch):04d}.pt")
+        for name in names:
             with atomic_write(self.out_dir / name) as f:
                 f.write(buffer.getbuffer())
-        images = generate(netG, *(x[:self.n_grid] for x in self.inputs))
-        save_grid(self.out_dir / "samples" / f"step_{self.step:08d}.png", [images], self.columns)
+        self.has_checkpoint = True
+
+    def draw(self):
+        """A grid of netG_ema's pictures, of the same latents all the time."""
+        z, labels = self.inputs
+        images = generate(self.state["netG_ema"], z[:self.n_grid], labels[:self.n_grid])
+        save_grid(self.out_dir / "samples" / f"step_{self.step:08d}.png", images, self.columns)
         if self.args.tensorboard:
             self.writer.add_images("samples", images, self.step, dataformats="NHWC")
             self.writer.flush()
 
-    def stop_signal(self):
-        """The signal, or 0, that all processes have agreed on: in every tenth step, for asking waits for the GPU."""
+    def agreed_signal(self):
+        """The signal that all processes know of, or 0. In every tenth step: asking waits for the GPU."""
         if self.world == 1:
             return self.signum
         if self.step % 10:
@@ -685,31 +1160,32 @@ class Run:
         dist.all_reduce(signum, dist.ReduceOp.MAX)
         return int(signum)
 
-    def end(self):
-        """samples.gif, and what to do next."""
-        if self.step < self.total:
-            print(f"stopped at step {self.step}; go on with: python {SCRIPT}.py --resume {self.out_dir}")
-            return
+    def save_gif(self):
+        """samples.gif: how the grids came about, in at most 100 frames."""
         files = sorted((self.out_dir / "samples").glob("step_*.png"))
-        files = files[::-(len(files) // 100 + 1)][::-1]  # 100 are enough
-        frames = [np.asarray(Image.open(file).convert("RGB"))[None] for file in files]
-        save_grid(self.out_dir / "samples.gif", frames, 1, [200] * (len(frames) - 1) + [1000])
-        print(f"done: {self.out_dir}; more pictures: python {SCRIPT}.py --sample {self.out_dir}")
+        every = len(files) // 100 + 1
+        frames = [Image.open(file).convert("RGB") for file in files[:-1:every] + files[-1:]]
+        times = [200] * (len(frames) - 1) + [1000]
+        with atomic_write(self.out_dir / "samples.gif") as f:
+            frames[0].save(f, "gif", save_all=True, append_images=frames[1:], loop=0, duration=times)
 
 def main():
-    """One line, exit code 1, for what the user can mend: files, values, memory. All else keeps its traceback."""
-    mendable = ("allocate", "Error(s) in loading state_dict", "CUDA enabled", "NVIDIA driver", "device string")
+    """One line and exit code 1 for what the user can mend. All else keeps its traceback."""
+    mendable = UserError, OSError, FloatingPointError, MemoryError, torch.OutOfMemoryError, KeyboardInterrupt
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="backslashreplace")  # of names that the terminal cannot show
     try:
         args = get_args()
-        sample(args) if args.sample else train(args)
-    except (OSError, FloatingPointError, MemoryError, KeyboardInterrupt, RuntimeError, AssertionError) as e:
-        if isinstance(e, (RuntimeError, AssertionError)) and not any(words in str(e) for words in mendable):
-            raise
+        if args.sample:
+            sample(args)
+        else:
+            train(args)
+    except mendable as e:
         sys.exit(f"{SCRIPT}.py: error: {' '.join(str(e).split()) or type(e).__name__}")
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
-            gc.collect()  # gloo's threads must end before the interpreter does, or one exit in ten aborts
+            gc.collect()  # gloo's threads must end first, or one exit in ten aborts
 
-if __name__ == "__main__":
+if __name__ == "__main__" and "__file__" in globals():  # a notebook has no command line
     main()

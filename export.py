@@ -44,7 +44,7 @@ SCRIPTS = {"gan": gan, "dcgan": dcgan, "acgan": acgan}
 # From PyTorch's pictures: the greatest difference, in [-1, 1], and the least PSNR in dB.
 TOLERANCE = {"fp32": (1e-4, 0), "fp16": (math.inf, 40), "int8": (math.inf, 35)}
 # What the user can mend: main() makes one line of it. All else keeps its traceback.
-MENDABLE = (OSError, MemoryError, KeyboardInterrupt)
+MENDABLE = (OSError, MemoryError, KeyboardInterrupt, *(script.UserError for script in SCRIPTS.values()))
 
 def number(kind, low, high, text):
     """argparse type, by functools.partial: an int or a float (kind) from low to high."""
@@ -95,10 +95,7 @@ def load(path):
     ckpt = dcgan.load_checkpoint(path, [*SCRIPTS, None])
     run = ckpt if "script" in ckpt else {"script": "dcgan"}  # somebody else's
     script = SCRIPTS[run["script"]]
-    try:
-        netG, classes = script.load_generator(path)
-    except RuntimeError as e:  # of load_state_dict
-        raise OSError(f"{path}: does not fit the generator of {run['script']}.py: {e}") from e
+    netG, classes = script.load_generator(path)
     return script, netG, classes, run
 
 def fold_batchnorm(net):
@@ -155,7 +152,7 @@ def to_onnx(net, inputs, batch_size, opset):
     model = program.model_proto
     written = model.opset_import[0].version
     if written != opset:
-        raise OSError(f"--opset {opset}: torch.onnx {torch.__version__} gives {written}; choose that")
+        raise dcgan.UserError(f"--opset {opset}: torch.onnx {torch.__version__} gives {written}; choose that")
     reshape_plainly(model)
     return model
 
@@ -304,7 +301,7 @@ def cpu_session(model):
     try:
         return ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
     except Exception as e:  # ONNX Runtime has exceptions without a common name
-        raise OSError(f"onnxruntime {ort.__version__} does not load the file, perhaps for its --opset: {e}") from e
+        raise dcgan.UserError(f"onnxruntime {ort.__version__} does not load the file, perhaps for its --opset: {e}") from e
 
 def store_first_in_int8(model):
     """The first matrix as int8 in the file, float in memory, made when ONNX Runtime loads it.
@@ -417,7 +414,7 @@ def compare(script, netG, path, args):
         with torch.no_grad():
             want = netG(*map(torch.from_numpy, inputs.values()))
         if not want.isfinite().all():
-            raise OSError(f"{args.checkpoint}: its pictures are not finite; its training diverged")
+            raise dcgan.UserError(f"{args.checkpoint}: its pictures are not finite; its training diverged")
         if args.uint8:
             difference = (got.astype(np.float64) - script.to_uint8(want)) / 127.5
         else:
@@ -436,7 +433,7 @@ def compare(script, netG, path, args):
     result = f"greatest difference from PyTorch {apart}, PSNR {psnr:.1f} dB over {n} pictures"
     if not (worst <= most and psnr >= least):  # nor NaN
         allowed = f"at least {least} dB" if least else f"at most {most:.2g} in [-1, 1]"
-        raise OSError(f"{args.out}: not written, {result}; {args.precision} has to keep to {allowed}; "
+        raise dcgan.UserError(f"{args.out}: not written, {result}; {args.precision} has to keep to {allowed}; "
                       "try another --precision")
     return result
 
@@ -446,7 +443,7 @@ def export(args):
     net = fold_batchnorm(copy.deepcopy(netG))
     convolutional = isinstance(net.main[0], nn.ConvTranspose2d)
     if args.phases and not convolutional:
-        raise OSError(f"--phases: {args.checkpoint} has no transposed convolution; leave it away")
+        raise dcgan.UserError(f"--phases: {args.checkpoint} has no transposed convolution; leave it away")
     phases = args.phases or args.precision == "int8"
     if phases and convolutional:
         net.main[0] = Dense(net.main[0])

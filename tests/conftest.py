@@ -52,14 +52,11 @@ def script(request):
 
 @pytest.fixture(autouse=True)
 def in_tmp_path(tmp_path, monkeypatch):
-    """Every test works in an empty folder of its own, and leaves no handler of signals behind."""
+    """Every test works in an empty folder of its own, as one process."""
     monkeypatch.chdir(tmp_path)
     for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"):
         monkeypatch.delenv(name, raising=False)
-    handlers = {signum: signal.getsignal(signum) for signum in (signal.SIGINT, signal.SIGTERM)}
     yield
-    for signum, handler in handlers.items():
-        signal.signal(signum, handler)
 
 @pytest.fixture
 def data_dir():
@@ -70,7 +67,10 @@ def data_dir():
     return Path(folder).resolve()
 
 def train(script, *argv, out="run"):
-    """A tiny run in this process, into a new folder (or it would get a number). Returns its last checkpoint."""
+    """A tiny run in this process, into a new folder (or it would get a number). Returns its last checkpoint.
+    out=None: where the script puts it."""
+    if out is None:
+        return script.train(script.get_args([*TINY, *words(*argv)]))
     assert not os.path.exists(out)
     script.train(script.get_args([*TINY, "--out_dir", out, *words(*argv)]))
     return script.load_checkpoint(f"{out}/checkpoint.pt", [script.SCRIPT])
@@ -94,7 +94,8 @@ def command(script, *argv, **kwargs):
 def error_of(capfd, call, *args):
     """The one line with which `call` ends the program, after its progress bars, or which main() would make of it."""
     capfd.readouterr()
-    with pytest.raises((OSError, FloatingPointError, SystemExit)) as e:
+    kinds = [importlib.import_module(name).UserError for name in SCRIPTS]
+    with pytest.raises((OSError, FloatingPointError, SystemExit, *kinds)) as e:
         call(*args)
     said = capfd.readouterr().err
     if not isinstance(e.value, SystemExit):
@@ -170,12 +171,12 @@ def folder(tmp_path):
     return tmp_path / "pets"
 
 def assert_same(a, b, path=""):
-    """Equal bit for bit, through dicts, lists and tensors; but for arguments of runs, which name their folders."""
+    """Equal bit for bit, through dicts, lists and tensors; but for arguments of runs, which name their folders, and the time."""
     if isinstance(a, (list, tuple)):
         a, b = dict(enumerate(a)), dict(enumerate(b))
     if isinstance(a, dict):
         assert a.keys() == b.keys(), path
-        for k in set(a) - {"args"}:
+        for k in set(a) - {"args", "time"}:
             assert_same(a[k], b[k], f"{path}.{k}")
     else:
         assert torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b, path

@@ -10,7 +10,7 @@ from unittest import mock
 
 import pytest
 import torch
-from conftest import ROOT, TINY, ended, error_of, forked, main, picture, train, words
+from conftest import ROOT, TINY, ended, error_of, forked, main, train, words
 
 import acgan
 import dcgan
@@ -37,12 +37,6 @@ def test_mistake(flags, capfd):
 
 def test_acgan_needs_classes(folder, capfd):
     assert str(folder / "cat") in error_of(capfd, main, acgan, *TINY, "--dataset", folder / "cat")
-    (folder.parent / "data" / "img_align_celeba").mkdir(parents=True)
-    picture(0).save("data/img_align_celeba/000001.jpg")
-    assert "--attr" in error_of(capfd, main, acgan, *TINY, "--dataset celeba")
-    assert "list_attr_celeba" in error_of(capfd, main, acgan, *TINY, "--dataset celeba --attr Smiling")
-    Path("data/list_attr_celeba.txt").write_text("1\nMale\n000001.jpg 1\n")
-    assert "--attr Smiling" in error_of(capfd, main, acgan, *TINY, "--dataset celeba --attr Smiling")
 
 @pytest.mark.parametrize(("flags", "named"), [
     ("--out x.jpg", "--out x.jpg"), ("--out file.txt/x.png", "file.txt"), ("--out file.txt/x.npz", "file.txt"),
@@ -81,17 +75,15 @@ def test_resume_that_cannot_be(capfd):
     """With other nets, by another script, of a finished run: the checkpoint stays as it is."""
     train(dcgan, "--epochs 1")
     before = Path("run/checkpoint.pt").read_bytes()
-    for flags in ("--ngf 8", "--ndf 8", "--nz 9", "--img_size 32", "--nc 3", "--sn"):
-        assert "state_dict" in error_of(capfd, main, dcgan, "--resume run --max_steps 12", flags)
+    for flags in ("--ngf 8", "--ndf 8", "--nz 9", "--img_size 32", "--nc 3", "--sn", "--optim_d rmsprop"):
+        assert "run/checkpoint.pt" in error_of(capfd, main, dcgan, "--resume run --max_steps 12", flags)
     assert "--epochs" in error_of(capfd, main, dcgan, "--resume run")
     for flag in ("--resume", "--sample"):
-        assert "dcgan.py" in error_of(capfd, main, gan, flag, "run/checkpoint.pt")
+        assert "dcgan" in error_of(capfd, main, gan, flag, "run/checkpoint.pt")
     assert Path("run/checkpoint.pt").read_bytes() == before
 
 def test_no_memory_and_an_interrupt_are_one_line_and_a_fault_of_the_gpu_is_none(capfd, monkeypatch):
-    for error in (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"),
-                  torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB\nGPU 0 has ..."), MemoryError(),
-                  KeyboardInterrupt()):
+    for error in (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB\nGPU 0 has ..."), MemoryError(), KeyboardInterrupt()):
         monkeypatch.setattr(gan, "train", mock.Mock(side_effect=error))
         assert error_of(capfd, main, gan).startswith("gan.py: ")
     monkeypatch.setattr(gan, "train", mock.Mock(side_effect=RuntimeError("CUDA error: an illegal memory access")))

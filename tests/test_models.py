@@ -30,10 +30,10 @@ def test_acgan_makes_and_judges_every_size(size):
     assert (images.shape, adv.shape, aux.shape) == ((2, 3, size, size), (2,), (2, 7))
     assert acgan.config_of(netG.state_dict()) == netG.config
 
-def test_spectral_norm_bounds_every_layer(script):
+def test_spectral_norm_bounds_every_layer():
     torch.manual_seed(0)
-    netD = script.Discriminator(1, 8, 16, sn=True)
-    script.weights_init(netD, "he")
+    netD = dcgan.Discriminator(1, 8, 16, sn=True)
+    dcgan.weights_init(netD, "he")
     for _ in range(100):
         netD(torch.randn(4, 1, 16, 16))
     layers = [m for m in netD.modules() if isinstance(m, (torch.nn.Conv2d, torch.nn.Linear))]
@@ -42,33 +42,37 @@ def test_spectral_norm_bounds_every_layer(script):
     assert len(layers) >= 3
     assert not [m for m in netD.modules() if isinstance(m, torch.nn.BatchNorm2d)]
 
-def test_weights_init(script):
+@pytest.mark.parametrize("init", ["dcgan", "he", "xavier"])
+def test_weights_init(init):
+    """The standard deviations of the papers; netG's Tanh is not driven into saturation."""
     torch.manual_seed(0)
-    netD = script.Discriminator(1, 64, 16)
+    netD, netG = dcgan.Discriminator(1, 64, 16), dcgan.Generator(20, 16, 1, 64)
+    dcgan.weights_init(netD, init)
+    dcgan.weights_init(netG, init)
     weight = max(netD.parameters(), key=torch.Tensor.numel)
-    for kind, std in (("dcgan", 0.02), ("he", (2 / 1.04 / weight[0].numel()) ** 0.5)):
-        script.weights_init(netD, kind)
-        assert weight.std().item() == pytest.approx(std, rel=0.05)
-    if script is not gan:  # BatchNorm's scales; and he must not drive netG's Tanh into saturation
-        assert [m.weight.std().item() for m in netD.modules() if isinstance(m, torch.nn.BatchNorm2d)] == [
-            pytest.approx(0.02, rel=0.3)]
-        netG = script.Generator(20, 16, 1, 64)
-        script.weights_init(netG, "he")
-        labels = [torch.zeros(8, dtype=torch.long)] if script is acgan else []
-        assert (netG(torch.randn(8, 20), *labels).abs() > 0.95).float().mean() < 0.2
+    fan_in, fan_out = weight[0].numel(), weight[:, 0].numel()
+    std = {"dcgan": 0.02, "he": (2 / 1.04 / fan_in) ** 0.5, "xavier": (2 / (fan_in + fan_out)) ** 0.5}[init]
+    assert weight.std().item() == pytest.approx(std, rel=0.05)
+    scales = [m.weight.std().item() for m in netD.modules() if isinstance(m, torch.nn.BatchNorm2d)]
+    assert scales == [pytest.approx(0.02, rel=0.3)]
+    assert (netG(torch.randn(8, 20)).abs() > 0.95).float().mean() < 0.2
 
 def test_losses_are_the_papers(script):
-    bce = SimpleNamespace(loss="bce", real_label=1.0, fake_label=0.0)
-    smooth = SimpleNamespace(loss="bce", real_label=0.9, fake_label=0.2)
-    hinge = SimpleNamespace(loss="hinge")
+    """Binary cross-entropy, smoothed where a script can be told to; dcgan.py's hinge."""
     real, fake = torch.tensor([1.5, -0.5]), torch.tensor([-2.0, 0.5])
     p, q = torch.sigmoid(real), torch.sigmoid(fake)
-    torch.testing.assert_close(script.d_loss(real, fake, bce), -p.log().mean() - (1 - q).log().mean())
-    torch.testing.assert_close(script.g_loss(fake, bce), -q.log().mean())
-    torch.testing.assert_close(script.d_loss(real, fake, hinge), F.relu(1 - real).mean() + F.relu(1 + fake).mean())
-    torch.testing.assert_close(script.g_loss(fake, hinge), -fake.mean())
-    expected = (-0.9 * p.log() - 0.1 * (1 - p).log()).mean() + (-0.2 * q.log() - 0.8 * (1 - q).log()).mean()
-    torch.testing.assert_close(script.d_loss(real, fake, smooth), expected)
+    plain = SimpleNamespace(loss="bce", real_label=1.0, fake_label=0.0)
+    smooth = SimpleNamespace(loss="bce", real_label=0.9, fake_label=0.2)
+    hinge = SimpleNamespace(loss="hinge")
+    d_args, g_args = ([] if script is gan else [plain]), ([plain] if script is dcgan else [])
+    torch.testing.assert_close(script.d_loss(real, fake, *d_args), -p.log().mean() - (1 - q).log().mean())
+    torch.testing.assert_close(script.g_loss(fake, *g_args), -q.log().mean())
+    if script is not gan:
+        expected = (-0.9 * p.log() - 0.1 * (1 - p).log()).mean() + (-0.2 * q.log() - 0.8 * (1 - q).log()).mean()
+        torch.testing.assert_close(script.d_loss(real, fake, smooth), expected)
+    if script is dcgan:
+        torch.testing.assert_close(script.d_loss(real, fake, hinge), F.relu(1 - real).mean() + F.relu(1 + fake).mean())
+        torch.testing.assert_close(script.g_loss(fake, hinge), -fake.mean())
 
 def test_gradient_penalties_of_a_linear_critic(script):
     """d/dx sum(w x) = w everywhere: r1 is |w|^2 / 2, the two-sided penalty (|w| - 1)^2."""
@@ -80,15 +84,16 @@ def test_gradient_penalties_of_a_linear_critic(script):
             return (out, torch.stack((out, torch.zeros(3)), 1)) if script is acgan else out
 
     real, fake, labels = torch.randn(3, 1, 4, 4), torch.randn(3, 1, 4, 4), torch.zeros(3, dtype=torch.long)
-    extra = (labels, 0) if script is acgan else ()
-    r1 = script.gradient_penalty(critic, real, fake, "r1", *extra)
-    rgb = script.gradient_penalty(critic, real.repeat(1, 3, 1, 1), fake, "r1", *extra)  # no heavier for three channels
+    rest = {gan: (), dcgan: (fake, "r1"), acgan: (labels, 0)}[script]
+    r1 = script.gradient_penalty(critic, real, *rest)
+    rgb = script.gradient_penalty(critic, real.repeat(1, 3, 1, 1), *rest)  # no heavier for three channels
     assert (r1.item(), rgb.item()) == pytest.approx((2, 2))
-    assert script.gradient_penalty(critic, real, fake, "interpolate", *extra).item() == pytest.approx(1)
     r1.backward()
     torch.testing.assert_close(w.grad, w.detach())
+    if script is dcgan:
+        assert dcgan.gradient_penalty(critic, real, fake, "interpolate").item() == pytest.approx(1)
     if script is acgan:  # the margin of adc, class 0 over class 0 of fakes, is as steep: twice the gradient
-        assert script.gradient_penalty(critic, real, fake, "r1", labels, 1).item() == pytest.approx(8)
+        assert acgan.gradient_penalty(critic, real, labels, 1).item() == pytest.approx(8)
 
 def test_to_uint8():
     """The one conversion, the same in every runtime: x * 127.5 + 128, cut off."""

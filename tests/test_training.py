@@ -53,10 +53,11 @@ def watch(monkeypatch):
         monkeypatch.setattr(script.Run, "steps", watched)
     return watch
 
-@pytest.mark.parametrize("flags", [
-    "",
-    "--hflip --dropout 0.3 --replay 0.5 --lr_decay linear --gp interpolate --d_steps 2",
-    "--sn --loss hinge --optim rmsprop --precision bf16 --gp r1 --gp_every 3"])
+@pytest.mark.parametrize(("script", "flags"), [
+    (gan, ""), (gan, "--hflip --dropout 0.3 --d_steps 2"), (acgan, "--precision bf16"),
+    (acgan, "--hflip --dropout 0.3 --aux acgan --real_label 0.9 --pretrain_d 5"), (dcgan, ""),
+    (dcgan, "--hflip --dropout 0.3 --replay 0.5 --lr_decay step --lr_step 1 --gp interpolate --d_steps 2 --optim_g rmsprop"),
+    (dcgan, "--sn --loss hinge --optim_d rmsprop --precision bf16 --gp_every 3 --pretrain_d 5")])
 def test_resume_is_bit_for_bit(script, flags, capfd):
     """8 steps an epoch: 21 steps in one go, and stopped by a signal at 11, in the middle of the second epoch."""
     whole = train(script, "--max_steps 21", flags, out="whole")
@@ -71,7 +72,7 @@ def test_resume_goes_on_and_may_change_length_rates_and_batch_size(capfd):
     def rates(ckpt):
         return [ckpt[opt]["param_groups"][0]["lr"] for opt in ("optG", "optD")]
 
-    assert train(gan, "--epochs 5 --max_steps 3 --lr 1e-3 --lr_decay none")["step"] == 3  # in place of epochs
+    assert train(gan, "--epochs 5 --max_steps 3 --lr 1e-3 --lr_decay none")["step"] == 3  # the last one counts
     assert resume(gan, "--max_steps 5 ")["step"] == 5
     ckpt = resume(gan, "--epochs 2 --lr_d 0.5")
     assert (ckpt["step"], ckpt["seen"], ckpt["args"]["ngf"], rates(ckpt)) == (16, 128, 4, [1e-3, 0.5])
@@ -80,21 +81,27 @@ def test_resume_goes_on_and_may_change_length_rates_and_batch_size(capfd):
     assert (ckpt["step"], ckpt["seen"], rates(ckpt)) == (20, 192, [1e-4, 1e-4])
     assert [row["step"] for row in rows()] == list(range(1, 21))
 
-def test_runs_never_overwrite_each_other_and_the_newest_goes_on():
-    for flags in ("", "--seed 2", "--out_dir mine", "--out_dir mine"):
-        gan.train(gan.get_args(words(*TINY, "--max_steps 1", flags)))
+def test_runs_never_overwrite_each_other_and_the_newest_goes_on(capfd):
+    """--resume alone takes the run that was written last, of those with steps left; times of files do not count."""
+    for seed, flags in enumerate(("", "--out_dir mine", "--out_dir mine", "")):
+        train(gan, "--max_steps 1 --seed", seed, flags, out=None)
     assert sorted(os.listdir()) == ["data", "mine", "mine-2", "runs"]
     assert sorted(os.listdir("runs")) == ["gan-digits", "gan-digits-2"]
+    assert "steps left" in error_of(capfd, main, gan, "--resume")
+    stopped(gan, 1, "--max_steps 9 --seed 7", out="runs/gan-a")
+    stopped(gan, 1, "--max_steps 9 --seed 8", out="runs/gan-b")
+    train(gan, "--max_steps 1 --seed 9", out="runs/gan-c")
+    os.utime("runs/gan-a/checkpoint.pt")
     args = gan.get_args(["--resume"])
-    assert (args.out_dir, args.seed) == ("runs/gan-digits-2", 2)
+    assert (args.out_dir, args.seed) == ("runs/gan-b", 8)
 
 def test_run_leaves_what_it_promises(script):
     ckpt = train(script, "--epochs 3 --keep_every 1 --save_interval 4")
-    assert sorted(os.listdir("run")) == ["checkpoint.pt", *(f"checkpoint_epoch_{e:04d}.pt" for e in (1, 2, 3)),
+    assert sorted(os.listdir("run")) == [".lock", "checkpoint.pt", *(f"checkpoint_epoch_{e:04d}.pt" for e in (1, 2, 3)),
                                          "log.jsonl", "samples", "samples.gif"]
-    assert sorted(os.listdir("run/samples")) == ["real.png", *(f"step_{s:08d}.png" for s in range(4, 25, 4))]
+    assert sorted(os.listdir("run/samples")) == ["real.png", *(f"step_{s:08d}.png" for s in range(0, 25, 4))]
     with Image.open("run/samples.gif") as gif:
-        assert gif.n_frames == 6
+        assert gif.n_frames == 7
     log = rows()
     assert [row["step"] for row in log] == list(range(1, 25))
     assert log[-1]["epoch"] == 3
@@ -109,7 +116,7 @@ def test_tensorboard():
     train(gan, "--max_steps 2 --save_interval 1 --tensorboard")
     events = EventAccumulator("run", {"images": 0, "scalars": 0}).Reload()
     assert {"loss_d", "loss_g", "D(x)"} <= set(events.Tags()["scalars"])
-    assert len(events.Images("samples")) == 2
+    assert len(events.Images("samples")) == 3  # one before the first step
 
 def test_ema(script, watch):
     """netG_ema is the average by hand, whose decay is shorter at first; its weights have no gradients or graph."""
@@ -167,20 +174,27 @@ def test_lr_decay_runs_over_the_whole_run(script, decay, expected, watch):
     resume(script)
     np.testing.assert_allclose(rates[1:4] + rates[5:], np.outer(expected, [2e-3, 1e-3]))
 
-TRICKS = ["--real_label 0.9", "--fake_label 0.1", "--dropout 0.5", "--gp r1", "--gp interpolate", "--replay 0.5", "--sn",
-          "--loss hinge", "--init he", "--init dcgan", "--hflip", "--optim rmsprop",
-          "--beta1 0.9", "--beta2 0.9", "--lr_d 1e-4", "--lr_g 1e-4", "--precision bf16", "--batch_size 9", "--seed 1",
-          "--gp r1 --gp_weight 2", "--gp r1 --gp_every 2", "--lr_decay none"]
+TRICKS = ["--dropout 0.5", "--hflip", "--beta1 0.9", "--beta2 0.9", "--lr_d 1e-4", "--lr_g 1e-4", "--precision bf16",
+          "--batch_size 9", "--seed 1", "--gp_weight 2", "--gp_every 2", "--lr_decay none", "--gp_weight 0", "--d_steps 2"]
+OWN_TRICKS = {
+    gan: [],
+    dcgan: ["--real_label 0.9", "--fake_label 0.1", "--gp none", "--gp interpolate", "--replay 0.5", "--sn", "--loss hinge",
+            "--init he", "--init xavier", "--optim_g rmsprop", "--optim_d rmsprop", "--pretrain_d 2",
+            "--lr_decay step --max_images 8 --lr_step 1"],
+    acgan: ["--real_label 0.9", "--fake_label 0.1", "--aux acgan", "--aux_g 0.1", "--pretrain_d 2"],
+}
 
 def test_each_flag_changes_the_run(script):
     """Weights of netD like no other's after some steps; and without one, the same seed makes the same run."""
     seen = {}
-    for k, trick in enumerate(["", *TRICKS, "--seed 0"]):
-        netD = train(script, "--max_steps 4 --gp none", trick, out=f"run{k}")["netD"]
+    for k, trick in enumerate(["", *TRICKS, *OWN_TRICKS[script], "--seed 0"]):
+        netD = train(script, "--max_steps 5", trick, out=f"run{k}")["netD"]
         weight = next(w for name, w in netD.items() if name in ("main.0.weight", "main.0.parametrizations.weight.original"))
-        same = [other for other, w in seen.items() if torch.equal(w, weight)]
-        default = trick in ("--seed 0", "--init he" if script is gan else "--init dcgan")
-        assert same[:1] == ([""] if default else []), trick
+        same = [other for other, w in seen.items() if w.shape == weight.shape and torch.equal(w, weight)]
+        if trick == "--gp none":
+            assert same == ["--gp_weight 0"]
+            continue
+        assert same == ([""] if trick == "--seed 0" else []), trick
         seen[trick] = weight
         assert all(np.isfinite(row["loss_d"]) for row in rows(f"run{k}"))
 
@@ -188,20 +202,34 @@ def test_gp_every_takes_the_penalty_in_some_steps_only(script, monkeypatch):
     """Steps 0 and 3 of 4, three times as heavy: the first step is that of a weight three times as large."""
     calls, penalty = [], script.gradient_penalty
     monkeypatch.setattr(script, "gradient_penalty", lambda *args: calls.append(1) or penalty(*args))
-    train(script, "--max_steps 4 --gp r1 --gp_every 3", out="lazy")
+    train(script, "--max_steps 4 --gp_every 3", out="lazy")
     assert len(calls) == 2
-    lazy = train(script, "--max_steps 1 --gp r1 --gp_weight 2 --gp_every 3", out="one")
-    assert_same(lazy["netD"], train(script, "--max_steps 1 --gp r1 --gp_weight 6 --gp_every 1", out="heavy")["netD"])
+    lazy = train(script, "--max_steps 1 --gp_weight 2 --gp_every 3", out="one")
+    assert_same(lazy["netD"], train(script, "--max_steps 1 --gp_weight 6 --gp_every 1", out="heavy")["netD"])
 
 def test_replay_shows_netD_old_fakes():
-    """Half of what it sees, with the labels that they were made for; of eight steps at most."""
-    run = acgan.Run(acgan.get_args([*TINY, "--replay", "0.5"]))
+    """Half of what it sees, of eight steps at most."""
+    replay = dcgan.Replay(0.5)
     for step in range(20):
-        shown, labels = run.replay(torch.full((8, 1), step), torch.full((8,), step))
-        assert torch.equal(shown.flatten(), labels)
-        assert (labels == step).sum() >= 4
-        assert labels.min() >= step - 8
-    assert (labels < step).any()
+        shown = replay(torch.full((8, 1), step))
+        assert shown.shape == (8, 1)
+        assert (shown == step).sum() >= 4
+        assert shown.min() >= step - 8
+    assert (shown < step).any()
+
+def test_pretraining_holds_netG_still(capfd):
+    """netD, and acgan.py's class head, learn on an untrained netG; the number of netG's steps is said."""
+    for script in (dcgan, acgan):
+        ckpt = train(script, "--max_steps 6 --pretrain_d 4", out=script.SCRIPT)
+        assert "6 netD steps, 2 netG steps" in capfd.readouterr().out
+        assert [{int(w["step"]) for w in ckpt[opt]["state"].values()} for opt in ("optG", "optD")] == [{2}, {6}]
+
+def test_lr_decay_by_steps(watch):
+    """--lr_step 2: halved after every second epoch."""
+    rates = []
+    watch(dcgan, lambda state: rates.append(state["optG"].param_groups[0]["lr"]))
+    train(dcgan, "--epochs 5 --max_images 16 --lr 1 --lr_decay step --lr_step 2")
+    assert rates[1:] == [1] * 4 + [0.5] * 4 + [0.25] * 2
 
 def test_divergence_stops_and_keeps_the_last_good_state(script, capfd, watch):
     good, looks = train(script, "--max_steps 2"), []
@@ -239,7 +267,7 @@ def test_torchrun():
     """Equal weights everywhere, disjoint shards that cover each epoch, one writer; and on to one process."""
     Path("check.py").write_text(CHECK)
     argv = words("-m torch.distributed.run --standalone --nproc_per_node 2 check.py", *TINY, "--out_dir run --epochs 2",
-                 "--gp r1 --replay 0.5 --d_steps 2")
+                 "--pretrain_d 3 --d_steps 2")
     done = subprocess.run([sys.executable, *argv], text=True, capture_output=True, timeout=300, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.count("checked") == 2
@@ -262,7 +290,7 @@ def test_two_processes_stop_together():
 def test_real_mnist_trains(script, data_dir):
     os.mkdir("data")
     os.symlink(data_dir / "MNIST", "data/MNIST")  # the cache is written beside it
-    flags = "--dataset mnist --max_images 512 --ngf 16 --ndf 16 --epochs 2 --batch_size 64 --gp none"
+    flags = "--dataset mnist --max_images 512 --ngf 16 --ndf 16 --epochs 2 --batch_size 64 --gp_weight 0"
     script.train(script.get_args(words(flags, "--out_dir run --log_interval 1")))
     log = rows()
     assert log[-1]["D(x)"] > log[-1]["D(G(z))"]
@@ -278,8 +306,8 @@ def test_compile(backend, monkeypatch):
     compiled, compile_net = [], torch.nn.Module.compile
     monkeypatch.setattr(torch.nn.Module, "compile", lambda net, **options: compiled.append(type(net).__name__)
                         or compile_net(net, backend=backend, **options))
-    plain = train(dcgan, "--max_steps 3 --gp r1", out="plain")
-    fast = train(dcgan, "--max_steps 3 --gp r1 --compile", out="fast")
+    plain = train(dcgan, "--max_steps 3", out="plain")
+    fast = train(dcgan, "--max_steps 3 --compile", out="fast")
     assert compiled == ["Generator", "Discriminator"]
     torch.testing.assert_close(fast["netG"], plain["netG"], rtol=1e-3, atol=2e-3)  # Adam: signs of tiny gradients
     np.testing.assert_allclose([r["loss_d"] for r in rows("fast")], [r["loss_d"] for r in rows("plain")], rtol=1e-2)
