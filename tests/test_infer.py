@@ -13,7 +13,6 @@ import numpy as np
 import onnx
 import onnxruntime
 import pytest
-import torch_fidelity
 from conftest import POSIX, ROOT, cmake, error_of, train, words
 from onnx import TensorProto, helper, numpy_helper
 from onnxruntime.tools.onnx_model_utils import make_dim_param_fixed
@@ -146,6 +145,7 @@ def test_launchers(capfd, monkeypatch):
 
 def test_a_folder_is_what_fid_tools_read():
     """torch-fidelity reads the very pictures and tells two folders apart; its features here need no weights."""
+    torch_fidelity = pytest.importorskip("torch_fidelity")
     seen = []
 
     class Corner(torch_fidelity.FeatureExtractorBase):
