@@ -1,6 +1,8 @@
-"""What only a GPU shows: python -m pytest tests/test_gpu.py (--slow: --compile of all three scripts, and the benchmark).
+"""What only a GPU shows.
 
-Without CUDA all of it is skipped. Where kernels compute nothing, on a stand-in for CUDA: -m "not numbers".
+    python -m pytest --slow tests/test_gpu.py       # without --slow: --compile of dcgan.py alone
+
+Without CUDA all of it is skipped. On a stand-in for CUDA, where kernels compute nothing: -m "not numbers".
 """
 
 import json
@@ -8,6 +10,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import onnxruntime
@@ -17,12 +20,14 @@ from conftest import POSIX, ROOT, SCRIPTS, TINY, resume, train, words
 from test_export import exported, model_of, run_of
 
 import infer_ort
+from benchmarks import gpu
 
 GPU = "--device cuda"
 FILES = ("--no-phases", "--no-phases --uint8", "--precision fp16", "--precision fp16 --uint8")
-BF16 = pytest.param("bf16", marks=pytest.mark.skipif(not (torch.cuda.is_available() and torch.cuda.is_bf16_supported(False)),
-                                                     reason="this GPU has no fast bfloat16"))
-pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="PyTorch finds no CUDA device")
+CUDA = torch.cuda.is_available()
+pytestmark = pytest.mark.skipif(not CUDA, reason="PyTorch finds no CUDA device")
+no_bf16 = pytest.mark.skipif(not (CUDA and torch.cuda.is_bf16_supported(False)), reason="no fast bfloat16")
+BF16 = pytest.param("bf16", marks=no_bf16)
 
 @pytest.fixture
 def devices(script, monkeypatch):
@@ -31,7 +36,8 @@ def devices(script, monkeypatch):
 
     def watched(run, **state):
         for step, real, labels in steps(run, **state):
-            assert {w.device for net in (state["netG"], state["netD"]) for w in net.parameters()} == {real.device}
+            weights = [*state["netG"].parameters(), *state["netD"].parameters()]
+            assert {w.device for w in weights} == {real.device}
             seen.append(real.device.type)
             yield step, real, labels
 
@@ -53,7 +59,7 @@ def test_there_and_back(script, devices):
 @pytest.mark.filterwarnings("ignore:Synchronization debug mode")
 @pytest.mark.parametrize("precision", ["fp32", BF16])
 def test_no_step_waits_for_the_gpu(script, monkeypatch, precision):
-    """Else the GPU idles in every step. Log lines, grids and the first batches of an epoch may wait; here are none."""
+    """Else the GPU idles in every step. Log lines, grids and new epochs may wait; here are none."""
     checked, steps = [], script.Run.steps
 
     def strict(run, **state):
@@ -64,7 +70,7 @@ def test_no_step_waits_for_the_gpu(script, monkeypatch, precision):
 
     monkeypatch.setattr(script.Run, "steps", strict)
     try:
-        train(script, GPU, "--max_images 512 --gp_every 4 --max_steps 30 --log_interval 99 --precision", precision)
+        train(script, GPU, "--max_images 512 --max_steps 30 --log_interval 99 --precision", precision)
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert checked.count(2) == 24
@@ -74,23 +80,24 @@ SOME = [pytest.param(name, marks=[pytest.mark.slow] if name != "dcgan" else []) 
 @pytest.mark.parametrize("precision", [pytest.param("fp32", marks=pytest.mark.slow), BF16])
 @pytest.mark.parametrize("script", SOME, indirect=True)
 def test_compile(script, devices, precision):
-    """With R1, which is never compiled; the checkpoint is as any other."""
-    train(script, GPU, "--compile --max_steps 16 --gp r1 --gp_every 4 --precision", precision)
+    """With R1 in every fourth step, which is never compiled; the checkpoint is as any other."""
+    train(script, GPU, "--compile --max_steps 16 --precision", precision)
     assert resume(script, "--no-compile --device cpu --max_steps 18")["step"] == 18
     assert devices == ["cuda"] * 16 + ["cpu"] * 2
     exported("run", "--no-phases --no-verify")
 
-@pytest.mark.parametrize(("visible", "flags", "says"), [("0", "--device cpu", "2 x cpu"), ("0,1", "", "2 x cuda")])
 @POSIX
+@pytest.mark.parametrize(("visible", "flags", "says"),
+                         [("0", "--device cpu", "2 x cpu"), ("0,1", "", "2 x cuda")], ids=["cpu", "nccl"])
 def test_two_processes(visible, flags, says):
     """On the CPU of a machine with one GPU; and with a GPU for each."""
     if torch.cuda.device_count() < len(visible.split(",")):
         pytest.skip("needs two GPUs")
     tiny = [word for word in TINY if word not in ("--device", "cpu")]
-    argv = words("-m torch.distributed.run --standalone --nproc_per_node 2", ROOT / "dcgan.py", *tiny, flags,
-                 "--max_steps 12 --out_dir run")
-    env = os.environ | {"CUDA_VISIBLE_DEVICES": visible}
-    done = subprocess.run([sys.executable, *argv], text=True, capture_output=True, timeout=300, check=False, env=env)
+    torchrun = [sys.executable, *words("-m torch.distributed.run --standalone --nproc_per_node 2")]
+    argv = [*torchrun, ROOT / "dcgan.py", *tiny, *words(flags, "--max_steps 12 --out_dir run")]
+    done = subprocess.run(argv, text=True, capture_output=True, timeout=300, check=False,
+                          env=os.environ | {"CUDA_VISIBLE_DEVICES": visible})
     assert done.returncode == 0, done.stderr[-3000:]
     assert says in done.stdout
     assert len(Path("run/log.jsonl").read_text().splitlines()) == 12
@@ -119,7 +126,7 @@ def test_pictures_of_pytorch(script):
 @pytest.fixture
 def cuda_provider():
     if "CUDAExecutionProvider" not in onnxruntime.get_available_providers():
-        pytest.skip(f"onnxruntime {onnxruntime.__version__} has no CUDA provider: pip install onnxruntime-gpu[cuda,cudnn]")
+        pytest.skip(f"onnxruntime {onnxruntime.__version__} has no CUDA provider: it is not onnxruntime-gpu")
 
 def pictures(script, flags, provider):
     """50 uint8 pictures of an exported file, by what was asked for."""
@@ -129,22 +136,34 @@ def pictures(script, flags, provider):
     return generator(z, labels if generator.n_classes else None)
 
 def profiled(file, feed):
-    """[(operator, provider)] of the nodes that ONNX Runtime runs, with the copies that it has put between them."""
+    """[(operator, provider)] of the nodes that run, and of the copies that ONNX Runtime puts in."""
     options = onnxruntime.SessionOptions()
     options.enable_profiling = True
-    session = onnxruntime.InferenceSession(file, options, providers=["CUDAExecutionProvider", "CPUExecutionProvider"])
+    providers = ["CUDAExecutionProvider", "CPUExecutionProvider"]
+    session = onnxruntime.InferenceSession(file, options, providers=providers)
     session.run(None, feed)
     events = json.loads(Path(session.end_profiling()).read_text())
-    return [(e["args"]["op_name"], e["args"]["provider"]) for e in events if "provider" in e.get("args", {})]
+    nodes = [e["args"] for e in events if "provider" in e.get("args", {})]
+    return [(node["op_name"], node["provider"]) for node in nodes]
 
 @pytest.mark.parametrize("flags", FILES)
 def test_every_node_is_on_the_gpu(script, cuda_provider, flags):
     assert pictures(script, flags, "cuda").shape == (50, 16, 16, 3)
     z, labels = inputs_of(script)
-    nodes = profiled(model_of(script.SCRIPT, flags), {"z": z} | ({"labels": labels} if script.SCRIPT == "acgan" else {}))
+    feed = {"z": z, "labels": labels} if script.SCRIPT == "acgan" else {"z": z}
+    nodes = profiled(model_of(script.SCRIPT, flags), feed)
     assert len(nodes) > 5
     assert {provider for _, provider in nodes} == {"CUDAExecutionProvider"}
     assert not [operator for operator, _ in nodes if operator.startswith("Memcpy")]
+
+@pytest.mark.slow
+def test_benchmark(capfd, cuda_provider):
+    """Every part ends well, and each of its figures but the profiler's is there."""
+    with mock.patch.object(sys, "argv", ["gpu.py", "--quick"]):
+        gpu.main()
+    said = capfd.readouterr()
+    assert said.err.count(": done, ") == len(gpu.PARTS)
+    assert "Not measured" not in said.out
 
 @pytest.mark.numbers
 @pytest.mark.parametrize("flags", FILES)
