@@ -369,7 +369,6 @@ def run_baseline(row, name, common, args, folder):
 def measure(name, args, folder):
     """A table for one of our scripts."""
     size = args.img_size or SIZES[name]
-    args.steps = args.steps or STEPS[name]
     common = ["--dataset", args.dataset, "--data_dir", args.data_dir, "--img_size", size,
               "--nc", args.nc, "--batch_size", args.batch_size, "--ngf", args.ngf]
     plain = common
@@ -392,7 +391,6 @@ def measure(name, args, folder):
             print(f"round {r + 1}: {row}: {value[0]:.0f} images/s, {value[1]:.1f} s, "
                   f"{value[2]:.0f} MB", file=sys.stderr)
     tables(name, size, rows, ours, others, args)
-    args.steps = None
 
 def tables(name, size, rows, ours, others, args):
     """Prints what the rounds have given."""
@@ -467,8 +465,8 @@ def made_up(args, folder):
           "|---|---|---|---|")
     for n in (max(100, args.made_up // 100), args.made_up):
         made_up_zip(folder / f"{n}.zip", n)
-        common = ["--dataset", folder / f"{n}.zip", "--img_size", 64,
-                  "--data_dir", folder / "data", "--ngf", 16, "--ndf", 16]
+        common = ["--dataset", folder / f"{n}.zip", "--data_dir", folder / "data",
+                  "--img_size", 64, "--ngf", 16, "--ndf", 16, "--batch_size", 32]
         seconds = first_step(name, *common, folder=folder)
         some_steps = ["--max_steps", 100, "--out_dir", folder / f"{n}-run"]
         _, peak = run([sys.executable, ROOT / f"{name}.py", *common, *some_steps], os.devnull)
@@ -498,7 +496,9 @@ def main():
         elif args.made_up:
             made_up(args, Path(folder))
         else:
+            given = args.steps
             for name in args.runs:
+                args.steps = given or STEPS[name]
                 measure(name, args, Path(folder))
 
 if __name__ == "__main__":
