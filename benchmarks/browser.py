@@ -1,7 +1,9 @@
-"""Images/s of deploy/infer_ort.html in a headless Chromium against ONNX Runtime in Python, in turn, one thread each.
+"""Images/s of deploy/infer_ort.html in a headless Chromium against ONNX Runtime in Python.
 
     npm install --prefix web onnxruntime-web@1.30.0
     GAN_ORT_WEB=web taskset -c 0 python benchmarks/browser.py dcgan.onnx dcgan_int8.onnx ...
+
+They run in turn, with one thread each.
 """
 
 import argparse
@@ -38,8 +40,10 @@ def main():
     p = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     p.add_argument("models", nargs="+", metavar="MODEL.onnx")
     models = p.parse_args().models
-    generators = {model: infer_ort.Generator(model, batch_size=16, provider="cpu", threads=1) for model in models}
-    speeds = {model: ([], []) for model in models}
+    generators, speeds = {}, {}
+    for model in models:
+        generators[model] = infer_ort.Generator(model, batch_size=16, provider="cpu", threads=1)
+        speeds[model] = ([], [])
     with tempfile.TemporaryDirectory() as folder:
         for k, model in enumerate(models):
             shutil.copy(model, f"{folder}/{k}.onnx")

@@ -1,28 +1,33 @@
-"""How good a generator's pictures are: distances to real ones, variety, classes, and whether they are copies.
+"""How good a generator's pictures are: distances to real ones, variety, classes, copies.
 
     python benchmarks/quality.py runs/dcgan-mnist --dataset mnist
-    python benchmarks/quality.py runs/acgan-mnist fp32.onnx int8.onnx samples.npz --dataset mnist --json scores.json
-    python benchmarks/quality.py runs/dcgan-mnist --dataset mnist --each           # its numbered checkpoints: which is best?
-    python benchmarks/quality.py runs/dcgan-celeba --dataset celeba --inception    # without labels
+    python benchmarks/quality.py runs/acgan-mnist int8.onnx samples.npz --dataset mnist
+    python benchmarks/quality.py runs/dcgan-mnist --dataset mnist --each    # its best checkpoint
+    python benchmarks/quality.py runs/dcgan-celeba --dataset celeba --inception # without labels
 
-Two small classifiers of different build are trained once on the data set's training images (a fixed seed, some minutes on
-two cores, kept under --cache), and their 128 penultimate features are compared, samples against test images. What one
-of them misses the other may see: only where both FIDs are lower are pictures better. All else is by the first.
+Two small classifiers of different build are trained once on the data set's training images (with
+a fixed seed, some minutes on two cores, kept under --cache). Their 128 penultimate features are
+compared, samples against test images. What one of them misses the other may see: only where both
+FIDs are lower are pictures better. All else is by the first.
 
-- FID, FID 2: Frechet distance of the features of each classifier (Heusel et al. 2017). Its scale is the classifier's:
-  compare within one column, and with the floor, which is the distance of real training images from the test images.
-- spread, spread 2: variance of the features within a class, over that of the test images. Below 1: too typical.
-- precision, recall (Kynkaanniemi et al. 2019), density, coverage (Naeem et al. 2020): how much of what is generated is
-  like real images, and how much of the real is generated; 5 nearest neighbours.
-- classes: e to the entropy of the classes found, 10.0 for ten equally frequent ones; few mean mode collapse.
+- FID, FID 2: Frechet distance of the features of each classifier (Heusel et al. 2017). Its scale
+  is the classifier's: compare within one column, and with the floor, which is the distance of real
+  training images from the test images.
+- spread, spread 2: variance of the features within a class, over that of the test images. Below 1:
+  too typical.
+- precision, recall (Kynkaanniemi et al. 2019), density, coverage (Naeem et al. 2020): how much of
+  what is generated is like real images, and how much of the real is generated; 5 nearest neighbours.
+- classes: e to the entropy of the classes found, 10.0 for ten equally frequent ones; few mean mode
+  collapse.
 - sure: share of pictures that the classifier gives a class at 0.8 or more.
 - asked: share of pictures that show the class that was asked for (conditional generators).
-- colour: mean saturation (a pixel's largest channel less its smallest) over that of the test images; RGB only. Below 1 the
-  colours are washed out.
-- copying: median distance of a sample from the nearest training image, over that of a test image. Far below 1: copies.
+- colour: mean saturation (a pixel's largest channel less its smallest) over that of the test
+  images; RGB only. Below 1 the colours are washed out.
+- copying: median distance of a sample from the nearest training image, over that of a test image.
+  Far below 1: copies.
 
-Data without a test split (a folder, a .zip) loses a fixed tenth of its images, at most 10,000, to one; the generator
-has learnt from these too.
+Data without a test split (a folder, a .zip) loses a fixed tenth of its images, at most 10,000, to
+one; the generator has learnt from these too.
 """
 
 import argparse
@@ -50,18 +55,20 @@ DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 def get_args(argv=None):
     p = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False,
                                 formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    p.add_argument("sources", nargs="+", metavar="SOURCE", help="checkpoints, run folders, .onnx, .npz of samples")
-    p.add_argument("--dataset", required=True, help="what the generators were trained on, as for the training scripts")
-    p.add_argument("--data_dir", default="./data", help="where data sets are found")
-    p.add_argument("--n_samples", type=int, default=10000, help="pictures of each generator")
-    p.add_argument("--seed", type=int, default=0, help="of the latents")
-    p.add_argument("--epochs", type=int, default=6, help="of the classifiers")
-    p.add_argument("--each", action="store_true", help="all checkpoints of the runs (see --keep_every), and the best")
-    p.add_argument("--cache", help="folder that keeps the classifiers (default: cache/ in --data_dir)")
-    p.add_argument("--inception", action="store_true",
-                   help="also Inception-FID and KID (pip install torch-fidelity, which downloads weights)")
-    p.add_argument("--neighbours", metavar="FILE.png", help="some samples, each beside its nearest training images")
-    p.add_argument("--json", metavar="FILE", help="write the scores there")
+    add = p.add_argument
+    add("sources", nargs="+", metavar="SOURCE", help="checkpoints, run folders, .onnx, .npz of samples")
+    add("--dataset", required=True, help="of the generators' training, as for the training scripts")
+    add("--data_dir", default="./data", help="where data sets are found")
+    add("--n_samples", type=int, default=10000, help="pictures of each generator")
+    add("--seed", type=int, default=0, help="of the latents")
+    add("--epochs", type=int, default=6, help="of the classifiers")
+    add("--each", action="store_true",
+        help="all checkpoints of the runs (see --keep_every), and the best")
+    add("--cache", help="folder that keeps the classifiers (default: cache/ in --data_dir)")
+    add("--inception", action="store_true",
+        help="also Inception-FID and KID (pip install torch-fidelity, which downloads weights)")
+    add("--neighbours", metavar="FILE.png", help="some samples, each beside its nearest training images")
+    add("--json", metavar="FILE", help="write the scores there")
     args = p.parse_args(argv)
     args.cache = args.cache or Path(args.data_dir, "cache")
     return args
@@ -70,61 +77,81 @@ def get_args(argv=None):
 
 def samples_of(source, args):
     """uint8 (n, H, W, C) pictures, and the labels that were asked for (n) or None."""
-    path, n = Path(source), args.n_samples
+    path = Path(source)
     if path.suffix == ".npz":
-        try:
-            with np.load(path) as z:
-                images, labels = z["arr_0"][:n], z["labels"][:n] if "labels" in z else None
-        except (OSError, ValueError, KeyError) as e:
-            raise OSError(f"{path}: no .npz of samples with arr_0 in it ({e})") from e
-        if images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] not in (1, 3):
-            raise OSError(f"{path}: arr_0 is {images.dtype} {images.shape}; it should be uint8 (n, H, W, 1 or 3)")
-        return images, labels
+        return samples_of_array(path, args.n_samples)
     if path.suffix == ".onnx":
-        import infer_ort
-
-        netG = infer_ort.Generator(path)
-        labels = np.arange(n) % netG.n_classes if netG.n_classes else None
-        parts = [slice(i, min(i + 64, n)) for i in range(0, n, 64)]
-        return np.concatenate([netG(infer_ort.latents(args.seed, s.start, s.stop - s.start, netG.nz),
-                                    None if labels is None else labels[s]) for s in progress(parts, source)]), labels
+        return samples_of_onnx(path, args)
     script, netG, *_ = export.load(gan.last_checkpoint(source))
-    inputs = export.draw(script, netG.to(DEVICE), args.seed, 0, n)
-    z, labels = inputs["z"], inputs.get("labels", np.zeros(n, np.int64))
-    parts = [slice(i, min(i + 512, n)) for i in range(0, n, 512)]
-    images = [script.generate(netG, z[s], labels[s]) for s in progress(parts, source)]
+    inputs = export.draw(script, netG.to(DEVICE), args.seed, 0, args.n_samples)
+    z, labels = inputs["z"], inputs.get("labels", np.zeros(args.n_samples, np.int64))
+    images = [script.generate(netG, z[s], labels[s]) for s in progress(slices(len(z), 512), source)]
     return np.concatenate(images), inputs.get("labels")
+
+def samples_of_array(path, n):
+    try:
+        with np.load(path) as z:
+            images = z["arr_0"][:n]
+            labels = z["labels"][:n] if "labels" in z else None
+    except (OSError, ValueError, KeyError) as e:
+        raise OSError(f"{path}: no .npz of samples with arr_0 in it ({e})") from e
+    if images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] not in (1, 3):
+        found = f"{images.dtype} {images.shape}"
+        raise OSError(f"{path}: arr_0 is {found}; it should be uint8 (n, H, W, 1 or 3)")
+    return images, labels
+
+def samples_of_onnx(path, args):
+    import infer_ort
+
+    netG = infer_ort.Generator(path)
+    n, images = args.n_samples, []
+    labels = np.arange(n) % netG.n_classes if netG.n_classes else None
+    for s in progress(slices(n, 64), path):
+        z = infer_ort.latents(args.seed, s.start, s.stop - s.start, netG.nz)
+        images.append(netG(z, None if labels is None else labels[s]))
+    return np.concatenate(images), labels
+
+def slices(n, size):
+    return [slice(i, min(i + size, n)) for i in range(0, n, size)]
 
 def progress(items, what, total=None):
     return tqdm(items, desc=str(what)[-30:], total=total, leave=False, dynamic_ncols=True)
 
 def real_images(args, img_size, nc):
-    """((images, labels) of training, the same of test, class names); images uint8 (N, H, W, C), labels (N) or None."""
-    flags = ["--dataset", args.dataset, "--data_dir", args.data_dir, "--img_size", str(img_size), "--nc", str(nc)]
-    images, labels, classes = gan.load_data(gan.get_args(flags))
+    """((images, labels) of training, the same of test, class names); images uint8 (N, H, W, C),
+    labels (N) or None."""
+    flags = {"dataset": args.dataset, "data_dir": args.data_dir, "img_size": img_size, "nc": nc}
+    argv = [word for name, value in flags.items() for word in (f"--{name}", str(value))]
+    images, labels, classes = gan.load_data(gan.get_args(argv))
     labels = labels if classes else None
     if args.dataset == "digits":  # drawn as the training images are, and none of them
-        items, test_labels = range(10**6, 10**6 + 10000), np.arange(10**6, 10**6 + 10000) % 10
+        items = range(10**6, 10**6 + 10000)
+        test_labels = np.array(items) % 10
         pictures = (gan.draw_digit(i, img_size) for i in items)
     elif args.dataset in ("mnist", "fashion_mnist", "cifar10"):
-        from torchvision import datasets
-
-        cls = {"mnist": datasets.MNIST, "fashion_mnist": datasets.FashionMNIST, "cifar10": datasets.CIFAR10}
-        try:
-            data = cls[args.dataset](args.data_dir, train=False, download=True)
-        except (OSError, RuntimeError) as e:
-            raise OSError(f"--dataset {args.dataset}: no test split under {args.data_dir} ({e})") from e
+        data = test_split(args)
         items, test_labels = np.asarray(data.data), np.asarray(data.targets)
         pictures = map(Image.fromarray, items)
     else:
         order = np.random.default_rng(0).permutation(len(images))
         n = min(10000, len(images) // 10)
-        held, kept = np.sort(order[:n]), np.sort(order[n:])
-        pick = [(images[k], None if labels is None else labels[k]) for k in (kept, held)]
-        return *pick, classes
+        test, train = np.sort(order[:n]), np.sort(order[n:])
+        parts = [(images[k], None if labels is None else labels[k]) for k in (train, test)]
+        return *parts, classes
     pictures = progress(pictures, "test images", len(items))
     pixels = bytearray().join(gan.to_pixels(picture, img_size, nc) for picture in pictures)
-    return (images, labels), (np.frombuffer(pixels, np.uint8).reshape(-1, img_size, img_size, nc), test_labels), classes
+    test_images = np.frombuffer(pixels, np.uint8).reshape(-1, img_size, img_size, nc)
+    return (images, labels), (test_images, test_labels), classes
+
+def test_split(args):
+    """torchvision's."""
+    from torchvision import datasets
+
+    names = {"mnist": "MNIST", "fashion_mnist": "FashionMNIST", "cifar10": "CIFAR10"}
+    try:
+        return getattr(datasets, names[args.dataset])(args.data_dir, train=False, download=True)
+    except (OSError, RuntimeError) as e:
+        raise OSError(f"--dataset {args.dataset}: no test split under {args.data_dir} ({e})") from e
 
 # --------------------------------------------------------------------------------------------------- classifier
 
@@ -137,32 +164,37 @@ class Classifier(nn.Module):
         super().__init__()
 
         def block(n_in, n_out, stride):
-            return [nn.Conv2d(n_in, n_out, 3, stride, 1, bias=False), nn.BatchNorm2d(n_out), nn.ReLU(True)]
+            conv = nn.Conv2d(n_in, n_out, 3, stride, 1, bias=False)
+            return [conv, nn.BatchNorm2d(n_out), nn.ReLU(True)]
 
-        self.body = nn.Sequential(*block(nc, 32, 1), *block(32, 64, 2), *block(64, 128, 2), *block(128, 128, 2),
-                                  nn.AdaptiveAvgPool2d(4), nn.Flatten(), nn.Dropout(0.2), nn.Linear(2048, 128),
-                                  nn.ReLU(True))
+        self.body = nn.Sequential(
+            *block(nc, 32, 1), *block(32, 64, 2), *block(64, 128, 2), *block(128, 128, 2),
+            nn.AdaptiveAvgPool2d(4), nn.Flatten(), nn.Dropout(0.2), nn.Linear(2048, 128), nn.ReLU(True),
+        )
         self.head = nn.Linear(128, n_classes)
 
     def forward(self, x):
         return self.head(self.body(x))
 
 class PlainClassifier(Classifier):
-    """The same by LeCun's recipe of 1998: wide kernels, pooling, no BatchNorm; and hard labels, which leave more of what
-    tells pictures of one class apart in the features."""
+    """The same by LeCun's recipe of 1998: wide kernels, pooling, no BatchNorm; and hard labels, which
+    leave more of what tells pictures of one class apart in the features."""
 
     smoothing = 0.0
 
     def __init__(self, nc, n_classes, img_size):
         nn.Module.__init__(self)
-        self.body = nn.Sequential(nn.Conv2d(nc, 32, 5, padding=2), nn.ReLU(True), nn.MaxPool2d(2),
-                                  nn.Conv2d(32, 64, 5, padding=2), nn.ReLU(True), nn.MaxPool2d(2), nn.Flatten(),
-                                  nn.Linear(64 * (img_size // 4) ** 2, 128), nn.ReLU(True))
+        self.body = nn.Sequential(
+            nn.Conv2d(nc, 32, 5, padding=2), nn.ReLU(True), nn.MaxPool2d(2),
+            nn.Conv2d(32, 64, 5, padding=2), nn.ReLU(True), nn.MaxPool2d(2),
+            nn.Flatten(), nn.Linear(64 * (img_size // 4) ** 2, 128), nn.ReLU(True),
+        )
         self.head = nn.Linear(128, n_classes)
 
 def to_float(images):
-    """uint8 (n, H, W, C) array -> float (n, C, H, W) in [-1, 1] on the device, channels_last in memory."""
-    return torch.from_numpy(images).to(DEVICE).permute(0, 3, 1, 2).float().sub_(127.5).div_(127.5)
+    """uint8 (n, H, W, C) array -> float (n, C, H, W) in [-1, 1] on the device, channels_last."""
+    x = torch.from_numpy(images).to(DEVICE).permute(0, 3, 1, 2)
+    return x.float().sub_(127.5).div_(127.5)
 
 @torch.no_grad()
 def features_of(net, images):
@@ -175,44 +207,58 @@ def features_of(net, images):
         probabilities.append(net.head(f).softmax(1).double().cpu())
     return torch.cat(features).numpy(), torch.cat(probabilities).numpy()
 
-def trained_classifier(kind, train, test, n_classes, args):
-    """(Classifier of this kind, its accuracy on the test images), trained once for these images, kept in --cache."""
-    images, labels = train
+def fast_bf16():
+    """Whether bfloat16 is fast here, as the scripts decide it."""
+    if DEVICE.type == "cuda":
+        return torch.cuda.is_bf16_supported(False)
+    return getattr(torch.cpu, "get_capabilities", dict)().get("avx512_bf16", False)
+
+def classifier_file(kind, images, labels, n_classes, args):
+    """Where this kind of classifier of these images is kept."""
     content = hashlib.sha256(repr((kind.__name__, images.shape, n_classes, args.epochs)).encode())
-    for part in (np.ascontiguousarray(images[:: max(1, len(images) // 1000)]), labels):
+    some = images[:: max(1, len(images) // 1000)]
+    for part in (np.ascontiguousarray(some), labels):
         content.update(part.tobytes())
-    file = Path(args.cache, f"classifier-{content.hexdigest()[:16]}.pt")
+    return Path(args.cache, f"classifier-{content.hexdigest()[:16]}.pt")
+
+def train_classifier(net, images, labels, epochs):
+    size, rate = 128, 3e-3 if type(net) is Classifier else 1e-3
+    steps, bf16 = max(1, len(images) // size), fast_bf16()
+    opt = torch.optim.AdamW(net.parameters(), rate, weight_decay=1e-2)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(opt, rate, total_steps=epochs * steps)
+    bar = tqdm(total=epochs * steps, desc="classifier", unit="step", dynamic_ncols=True)
+    for epoch in range(epochs):
+        order = np.random.default_rng((0, epoch)).permutation(len(images))[:steps * size]
+        for index in order.reshape(steps, -1):
+            x = to_float(images[index])
+            height, width = x.shape[2:]
+            # Shifted by up to two pixels, a batch at a time.
+            top, left = torch.randint(5, (2,)).tolist()
+            x = F.pad(x, (2, 2, 2, 2), "replicate")[..., top:top + height, left:left + width]
+            with torch.autocast(DEVICE.type, torch.bfloat16, enabled=bf16):
+                out = net(x)
+            wanted = torch.from_numpy(labels[index]).to(DEVICE)
+            loss = F.cross_entropy(out.float(), wanted, label_smoothing=net.smoothing)
+            opt.zero_grad()
+            loss.backward()
+            opt.step()
+            schedule.step()
+            bar.update()
+        bar.set_postfix(loss=f"{loss.item():.3f}")
+    bar.close()
+
+def trained_classifier(kind, train, test, n_classes, args):
+    """(Classifier of this kind, its accuracy on the test images); trained once, kept in --cache."""
+    images, labels = train
+    file = classifier_file(kind, images, labels, n_classes, args)
     torch.manual_seed(0)
-    net = kind(images.shape[3], n_classes, images.shape[1]).to(DEVICE, memory_format=torch.channels_last)
+    net = kind(images.shape[3], n_classes, images.shape[1])
+    net.to(DEVICE, memory_format=torch.channels_last)
     if file.exists():
         net.load_state_dict(torch.load(file, map_location=DEVICE, weights_only=True))
     else:
-        size = 128
-        steps = max(1, len(images) // size)
-        cuda, cpu = DEVICE.type == "cuda", getattr(torch.cpu, "get_capabilities", dict)()
-        bf16 = torch.cuda.is_bf16_supported(False) if cuda else cpu.get("avx512_bf16", False)  # as the scripts decide
-        rate = 3e-3 if kind is Classifier else 1e-3
-        opt = torch.optim.AdamW(net.parameters(), rate, weight_decay=1e-2)
-        schedule = torch.optim.lr_scheduler.OneCycleLR(opt, rate, total_steps=args.epochs * steps)
-        bar = tqdm(total=args.epochs * steps, desc="classifier", unit="step", dynamic_ncols=True)
-        for epoch in range(args.epochs):
-            order = np.random.default_rng((0, epoch)).permutation(len(images))[:steps * size]
-            for index in order.reshape(steps, -1):
-                x = to_float(images[index])
-                y, x0 = torch.randint(5, (2,)).tolist()  # shifted by up to two pixels, a batch at a time
-                x = F.pad(x, (2, 2, 2, 2), "replicate")[..., y:y + x.shape[2], x0:x0 + x.shape[3]]
-                with torch.autocast(DEVICE.type, torch.bfloat16, enabled=bf16):
-                    out = net(x)
-                wanted = torch.from_numpy(labels[index]).to(DEVICE)
-                loss = F.cross_entropy(out.float(), wanted, label_smoothing=kind.smoothing)
-                opt.zero_grad()
-                loss.backward()
-                opt.step()
-                schedule.step()
-                bar.update()
-            bar.set_postfix(loss=f"{loss.item():.3f}")
-        bar.close()
-        with gan.atomic_write(Path(file)) as f:
+        train_classifier(net, images, labels, args.epochs)
+        with gan.atomic_write(file) as f:
             torch.save(net.state_dict(), f)
     _, p = features_of(net, test[0])
     return net, float((p.argmax(1) == test[1]).mean())
@@ -232,27 +278,35 @@ def frechet(a, b):
 
 def nearest(a, b, k):
     """(n, k) distances of each of a (n, d) to its k nearest in b (m, d), and which they are."""
-    a, b = (torch.from_numpy(x).float().to(DEVICE) for x in (a, b))
+    a, b = to_device(a), to_device(b)
     found = [torch.cdist(part, b).topk(k, largest=False) for part in a.split(1000)]
-    return torch.cat([f.values for f in found]).cpu().numpy(), torch.cat([f.indices for f in found]).cpu().numpy()
+    distances = torch.cat([f.values for f in found])
+    return distances.cpu().numpy(), torch.cat([f.indices for f in found]).cpu().numpy()
+
+def to_device(x):
+    return torch.from_numpy(x).float().to(DEVICE)
+
+def radii(x, k):
+    """(n): distance of each of x (n, d) to its k-th neighbour, not counting itself."""
+    return torch.cat([torch.cdist(part, x).kthvalue(k + 1).values for part in x.split(1000)])
 
 def precision_recall(real, fake, k=5):
-    """precision, recall (Kynkaanniemi et al. 2019, eq. 1 and 2), density, coverage (Naeem et al. 2020, eq. 3 and 5)."""
-    real, fake = (torch.from_numpy(x).float().to(DEVICE) for x in (real, fake))
-
-    def radii(x):  # to the k-th neighbour that is not the point itself
-        return torch.cat([torch.cdist(part, x).kthvalue(k + 1).values for part in x.split(1000)])
-
-    real_radius, fake_radius = radii(real), radii(fake)
-    inside, recalled, covered, n = 0, [], [], 0
+    """precision, recall (Kynkaanniemi et al. 2019, eq. 1 and 2); density, coverage (Naeem et al.
+    2020, eq. 3 and 5)."""
+    real, fake = to_device(real), to_device(fake)
+    real_radius, fake_radius = radii(real, k), radii(fake, k)
+    inside, recalled, covered = 0, [], []
     for part, radius in zip(real.split(1000), real_radius.split(1000)):
         d = torch.cdist(part, fake)  # (1000, number of fakes)
         inside = inside + (d < radius[:, None]).sum(0)
         recalled.append((d < fake_radius).any(1))
         covered.append(d.min(1).values < radius)
-        n += len(part)
-    share = [(inside > 0).float(), torch.cat(recalled).float(), inside / k, torch.cat(covered).float()]
-    return dict(zip(("precision", "recall", "density", "coverage"), (float(x.mean()) for x in share)))
+    return {
+        "precision": (inside > 0).float().mean().item(),
+        "recall": torch.cat(recalled).float().mean().item(),
+        "density": (inside / k).mean().item(),
+        "coverage": torch.cat(covered).float().mean().item(),
+    }
 
 def inception_scores(fake, test):
     """Inception-FID and KID, mean of torchmetrics' subsets."""
@@ -274,92 +328,139 @@ def inception_scores(fake, test):
     return {"Inception-FID": float(metrics[0].compute()), "KID": float(metrics[1].compute()[0])}
 
 def saturation(images):
-    """Mean difference between the largest and the smallest channel of uint8 (n, H, W, 3) pixels, 0 to 255."""
-    return float(np.mean([np.ptp(part, axis=3).mean() for part in np.array_split(images, max(1, len(images) // 1000))]))
+    """Mean difference between the largest and the smallest channel of uint8 (n, H, W, 3) pixels."""
+    parts = np.array_split(images, max(1, len(images) // 1000))
+    return float(np.mean([np.ptp(part, axis=3).mean() for part in parts]))
 
 def spread(features, found, test):
-    """Variance of features (n, d) within the classes found (n), over that of the test images' ((m, d), (m))."""
-    own, real = (sum(x[y == c].var(0).sum() * np.mean(y == c) for c in np.unique(y))
-                 for x, y in ((features, found), test))
-    return float(own / real)
+    """Variance of features (n, d) within the classes found (n), over that of the test images'
+    ((m, d), (m))."""
+    def within(x, y):
+        return sum(x[y == c].var(0).sum() * np.mean(y == c) for c in np.unique(y))
+
+    return float(within(features, found) / within(*test))
 
 def score(images, labels, reference):
-    """The scores of uint8 images (n, H, W, C), asked for as labels (n) or None, from the classifiers' features."""
+    """({column: value} of uint8 images (n, H, W, C), asked for as labels (n) or None; the first
+    classifier's features (n, 128))."""
     (features, p), (features2, p2) = (features_of(net, images) for net in reference["nets"])
     test, test2 = reference["test"]
     found = p.argmax(1)
     share = np.bincount(found, minlength=p.shape[1]) / len(found)
-    row = {"FID": frechet(test[0], features), "FID 2": frechet(test2[0], features2),
-           "spread": spread(features, found, test), "spread 2": spread(features2, p2.argmax(1), test2),
-           **precision_recall(test[0], features),
-           "classes": math.exp(-sum(s * math.log(s) for s in share if s)), "sure": float((p.max(1) >= 0.8).mean())}
+    entropy = -sum(s * math.log(s) for s in share if s)
+    row = {
+        "FID": frechet(test[0], features),
+        "FID 2": frechet(test2[0], features2),
+        "spread": spread(features, found, test),
+        "spread 2": spread(features2, p2.argmax(1), test2),
+        **precision_recall(test[0], features),
+        "classes": math.exp(entropy),
+        "sure": float((p.max(1) >= 0.8).mean()),
+    }
     if labels is not None:
         row["asked"] = float((found == labels).mean())
     if reference["saturation"]:
         row["colour"] = saturation(images) / reference["saturation"]
-    row["copying"] = float(np.median(nearest(features[:2000], reference["train"], 1)[0]) / reference["distance"])
-    return row | {"histogram": share.round(4).tolist()}, features
+    distance, _ = nearest(features[:2000], reference["train"], 1)
+    row["copying"] = float(np.median(distance) / reference["distance"])
+    row["histogram"] = share.round(4).tolist()
+    return row, features
 
 def draw_neighbours(images, features, train, reference, path):
-    """A picture: ten samples, the first of each row, each with the eight training images that are nearest to it."""
-    chosen = np.arange(10)
-    _, index = nearest(features[chosen], reference["train"], 8)
-    rows = np.concatenate([np.concatenate((images[i:i + 1], train[j])) for i, j in zip(chosen, index)])
-    gan.save_grid(Path(path), [rows], 9)
+    """A picture: ten samples, each followed by the eight training images that are nearest to it."""
+    _, index = nearest(features[:10], reference["train"], 8)
+    rows = [np.concatenate((image[None], train[k])) for image, k in zip(images, index)]
+    gan.save_grid(Path(path), [np.concatenate(rows)], 9)
 
-def measure(args):
+def load_samples(args):
+    """{source: (images, labels)}, all of one size."""
     if args.n_samples < 100:
         raise OSError(f"--n_samples {args.n_samples}: too few to judge; take 100 or more, 10000 to compare")
     sources = args.sources
     if args.each:
-        sources = [str(file) for source in sources for file in sorted(Path(source).glob("checkpoint*.pt"))]
+        sources = [str(f) for source in sources for f in sorted(Path(source).glob("checkpoint*.pt"))]
     loaded = {source: samples_of(source, args) for source in dict.fromkeys(sources)}
     if not loaded:
         raise OSError(f"--each: no checkpoint*.pt in {' '.join(args.sources)}")
     shapes = {images.shape[1:] for images, _ in loaded.values()}
     if len(shapes) > 1:
-        raise OSError(f"{' '.join(args.sources)}: their pictures have different sizes, {sorted(shapes)}; "
-                      "score them one by one")
-    img_size, _, nc = shapes.pop()
+        raise OSError(f"{' '.join(args.sources)}: their pictures have different sizes, "
+                      f"{sorted(shapes)}; score them one by one")
+    return loaded
+
+def make_reference(train, test, classes, args):
+    """What samples are compared with, and the accuracy of each classifier."""
+    begin = time.perf_counter()
+    nets, accuracy = [], []
+    for kind in (Classifier, PlainClassifier):
+        net, right = trained_classifier(kind, train, test, len(classes), args)
+        nets.append(net)
+        accuracy.append(right)
+    right = " and ".join(f"{a:.2%}" for a in accuracy)
+    seconds = time.perf_counter() - begin
+    print(f"classifiers: {right} of {len(test[0])} test images right ({seconds:.0f} s)")
+    seen = []
+    for net in nets:
+        features, p = features_of(net, test[0])
+        seen.append((features, p.argmax(1)))
+    reference = {"nets": nets, "test": seen, "train": features_of(nets[0], train[0])[0]}
+    reference["saturation"] = saturation(test[0]) if test[0].shape[3] == 3 else None
+    distance, _ = nearest(seen[0][0][:2000], reference["train"], 1)
+    reference["distance"] = np.median(distance)
+    return reference, accuracy
+
+def measure(args):
+    loaded = load_samples(args)
+    images, _ = next(iter(loaded.values()))
+    img_size, _, nc = images.shape[1:]
     train, test, classes = real_images(args, img_size, nc)
-    if train[1] is None and not args.inception:
-        raise OSError(f"--dataset {args.dataset}: no labels, so no classifier; --inception compares without")
-    table, facts = {}, {"dataset": args.dataset, "n_samples": args.n_samples, "n_test": len(test[0])}
-    if train[1] is not None:
-        begin = time.perf_counter()
-        nets, accuracy = zip(*(trained_classifier(kind, train, test, len(classes), args)
-                               for kind in (Classifier, PlainClassifier)))
+    has_labels = train[1] is not None
+    if not has_labels and not args.inception:
+        raise OSError(f"--dataset {args.dataset}: no labels, so no classifier; "
+                      "--inception compares without")
+    facts = {"dataset": args.dataset, "n_samples": args.n_samples, "n_test": len(test[0])}
+    table = {}
+    if has_labels:
+        reference, accuracy = make_reference(train, test, classes, args)
         facts |= {"accuracy": accuracy, "classes": classes}
-        right = " and ".join(f"{a:.2%}" for a in accuracy)
-        print(f"classifiers: {right} of {len(test[0])} test images right ({time.perf_counter() - begin:.0f} s)")
         some = np.random.default_rng(1).permutation(len(train[0]))[:args.n_samples]
-        seen = [features_of(net, test[0]) for net in nets]
-        reference = {"nets": nets, "test": [(features, p.argmax(1)) for features, p in seen],
-                     "train": features_of(nets[0], train[0])[0]}
-        reference["saturation"] = saturation(test[0]) if nc == 3 else None
-        reference["distance"] = np.median(nearest(seen[0][0][:2000], reference["train"], 1)[0])
-        table["real training images"], _ = score(train[0][some], train[1][some], reference)
-        del table["real training images"]["copying"]  # they are the training images
+        floor, _ = score(train[0][some], train[1][some], reference)
+        del floor["copying"]  # they are the training images
+        table["real training images"] = floor
     for source, (images, labels) in loaded.items():
         table[source] = {}
-        if train[1] is not None:
+        if has_labels:
             table[source], features = score(images, labels, reference)
             if args.neighbours:
                 draw_neighbours(images, features, train[0], reference, args.neighbours)
         if args.inception:
             table[source] |= inception_scores(images, test[0])
-    columns = [k for k in dict.fromkeys(k for row in table.values() for k in row) if k != "histogram"]
-    print("| | " + " | ".join(columns) + " |\n|" + "---|" * (len(columns) + 1))
-    for source, row in table.items():
-        print(f"| {source} | " + " | ".join(f"{row[k]:.{2 if k in ('FID', 'FID 2', 'classes') else 3}f}" if k in row else ""
-                                          for k in columns) + " |")
+    show(table)
     if args.each:
-        ranks = {source: [sorted(table[s][k] for s in loaded).index(table[source][k]) for k in ("FID", "FID 2")]
-                 for source in loaded}
-        print(f"best: {min(ranks, key=lambda source: sum(ranks[source]))}")
+        print(f"best: {best(table, loaded)}")
     if args.json:
         with gan.atomic_write(Path(args.json)) as f:
             f.write(json.dumps(facts | {"scores": table}, indent=1).encode())
+
+def show(table):
+    """As Markdown."""
+    columns = dict.fromkeys(column for row in table.values() for column in row)
+    columns.pop("histogram", None)  # for --json
+    print("| | " + " | ".join(columns) + " |\n|" + "---|" * (len(columns) + 1))
+    for source, row in table.items():
+        cells = []
+        for column in columns:
+            digits = 2 if column in ("FID", "FID 2", "classes") else 3
+            cells.append(f"{row[column]:.{digits}f}" if column in row else "")
+        print(f"| {source} | " + " | ".join(cells) + " |")
+
+def best(table, sources):
+    """The source whose ranks by both FIDs have the least sum."""
+    ranks = dict.fromkeys(sources, 0)
+    for column in ("FID", "FID 2"):
+        for rank, source in enumerate(sorted(sources, key=lambda source: table[source][column])):
+            ranks[source] += rank
+    return min(ranks, key=ranks.get)
 
 def main():
     """One line for what the user can mend, as in the training scripts."""

@@ -38,6 +38,7 @@ def pytest_addoption(parser):
 
 def pytest_configure(config):
     config.addinivalue_line("markers", "slow: the long version of a loop, with --slow only")
+    config.addinivalue_line("markers", "numbers: what is computed is looked at; not on a stand-in for CUDA")
 
 def pytest_collection_modifyitems(config, items):
     if not config.getoption("--slow"):

@@ -14,7 +14,7 @@ from test_export import model_of, run_of, typed
 from torchvision import datasets
 
 import dcgan
-from benchmarks import inference, quality, training
+from benchmarks import gpu, inference, quality, training
 
 SMALL = words("--img_size 16 --nc 3 --ngf 4 --batch_size 8")
 
@@ -74,6 +74,34 @@ def test_inference(capsys, cpp):
         assert all(first_number(cell) > 0 for cell in table[names.index(name)][2:5])
     for name in ["infer_ort.py", "infer_ort.cpp"][:1 + bool(cpp)]:
         assert all(first_number(cell) > 0 for cell in table[names.index(name)][2:6])
+
+class Profiler:
+    """What torch.profiler writes of two steps on a GPU: kernels of two streams overlap, other events do not count."""
+
+    @staticmethod
+    def export_chrome_trace(path):
+        def event(kind, name, begin, length):
+            return {"cat": kind, "name": name, "ts": begin, "dur": length}
+
+        events = [event("kernel", "a", 0, 1000), event("kernel", "b", 500, 1000), event("gpu_memset", "c", 3000, 500),
+                  event("gpu_user_annotation", "d", 0, 9000), event("cuda_runtime", "cudaLaunchKernel", 0, 5),
+                  event("cuda_driver", "cuLaunchKernelEx", 0, 5), event("cuda_runtime", "cudaMemsetAsync", 0, 5)]
+        Path(path).write_text(json.dumps({"traceEvents": events}))
+
+def test_gpu():
+    """Its sums and its tables; tests/test_gpu.py runs all of it."""
+    assert gpu.read_trace(Profiler, 2) == (1, 1)
+    row = gpu.named(64, 32)
+    told = gpu.markdown({"training": {row: {"images/s": "7,000"}}}, ["compile: stopped"])
+    assert f"| {row} | 7,000 | - | - | - |" in told
+    assert gpu.named(128, 512) in told
+    assert "- compile: stopped" in told
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+@pytest.mark.parametrize("program", [gpu, inference])
+def test_without_a_gpu(capfd, program):
+    argv = ["none", "--gpu_only"] if program is inference else []
+    assert "GPU" in error_of(capfd, typed, program, *argv).replace("CUDA device", "GPU")
 
 @pytest.fixture
 def digits():
