@@ -106,7 +106,9 @@ class Generator(nn.Module):
 
     def forward(self, z, labels):
         z = z.flatten(1) * self.label_emb(labels)  # how most implementations tell netG the class
-        return self.main(z[:, :, None, None])  # (N, nz, 1, 1)
+        if z.is_cuda:  # (N, nz, 1, 1), strided as channels_last: or --compile fails (pytorch#171622)
+            return self.main(z[:, None, None].permute(0, 3, 1, 2))
+        return self.main(z[:, :, None, None])
 
 class Discriminator(nn.Module):
     """(N, nc, img_size, img_size) images -> (N) logits: real if positive; (N, n_classes) class logits."""
@@ -886,9 +888,8 @@ class Run:
         bf16 = {"auto": fast, "bf16": True, "fp32": False}[args.precision]
         self.autocast = functools.partial(torch.autocast, kind, torch.bfloat16, enabled=bf16)
         self.memory_format = torch.channels_last
-        if kind == "mps" or (kind == "cuda" and args.compile):  # pytorch#175189, #171622
-            self.memory_format = torch.contiguous_format
         if kind == "mps":
+            self.memory_format = torch.contiguous_format  # pytorch#175189
             if args.compile or self.world > 1:
                 raise UserError("on MPS neither --compile nor several processes: --device cpu, or without")
             say("MPS is untested here, and PyTorch before 2.14 has known faults there; --device cpu is safe")

@@ -116,7 +116,10 @@ class Generator(nn.Module):
         self.main = nn.Sequential(*layers)
 
     def forward(self, z, labels=None):  # the plumbing gives labels; here they are not used
-        return self.main(z.flatten(1)[:, :, None, None])  # (N, nz, 1, 1)
+        z = z.flatten(1)
+        if z.is_cuda:  # (N, nz, 1, 1), strided as channels_last: or --compile fails (pytorch#171622)
+            return self.main(z[:, None, None].permute(0, 3, 1, 2))
+        return self.main(z[:, :, None, None])
 
 class Discriminator(nn.Module):
     """(N, nc, img_size, img_size) images in [-1, 1] -> (N) logits: real if positive."""
@@ -929,9 +932,8 @@ class Run:
         bf16 = {"auto": fast, "bf16": True, "fp32": False}[args.precision]
         self.autocast = functools.partial(torch.autocast, kind, torch.bfloat16, enabled=bf16)
         self.memory_format = torch.channels_last
-        if kind == "mps" or (kind == "cuda" and args.compile):  # pytorch#175189, #171622
-            self.memory_format = torch.contiguous_format
         if kind == "mps":
+            self.memory_format = torch.contiguous_format  # pytorch#175189
             if args.compile or self.world > 1:
                 raise UserError("on MPS neither --compile nor several processes: --device cpu, or without")
             say("MPS is untested here, and PyTorch before 2.14 has known faults there; --device cpu is safe")

@@ -843,9 +843,8 @@ class Run:
         bf16 = {"auto": fast, "bf16": True, "fp32": False}[args.precision]
         self.autocast = functools.partial(torch.autocast, kind, torch.bfloat16, enabled=bf16)
         self.memory_format = torch.channels_last
-        if kind == "mps" or (kind == "cuda" and args.compile):  # pytorch#175189, #171622
-            self.memory_format = torch.contiguous_format
         if kind == "mps":
+            self.memory_format = torch.contiguous_format  # pytorch#175189
             if args.compile or self.world > 1:
                 raise UserError("on MPS neither --compile nor several processes: --device cpu, or without")
             say("MPS is untested here, and PyTorch before 2.14 has known faults there; --device cpu is safe")

@@ -240,7 +240,7 @@ def compiled(args):
 
 # ------------------------------------------------------------------------------------- generation
 
-FILES = ("--precision fp16 --uint8", "--no-phases", "--no-phases --uint8", "--precision fp16",
+FILES = ("--precision fp16 --uint8", "", "--uint8", "--precision fp16",
          "--phases")
 
 def rate(make, n, seconds):

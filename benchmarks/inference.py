@@ -176,7 +176,7 @@ def programs(args, script, netG, files, folder):
     """The two programs, end to end, against the bare session."""
     kinds = {"infer_ort.py": [sys.executable, ROOT / "infer_ort.py", "--provider", "cpu"]}
     if args.cpp:
-        kinds["infer_ort.cpp"] = [args.cpp]
+        kinds["infer_ort.cpp"] = [args.cpp, "--provider", "cpu"]
     print(f"\n| program, {args.n_samples} pictures | {' | '.join(PROGRAMS)} |")
     print(f"|---|{'---|' * len(PROGRAMS)}")
     for precision in ("fp32", "int8"):
@@ -283,7 +283,7 @@ def main():
     script, netG, *_ = export.load(checkpoint)
     flags = {"fp16": "--precision fp16 --uint8"}
     if not args.gpu_only:
-        flags |= {"fp32": "--no-phases", "phases": "--phases", "int8": "--precision int8",
+        flags |= {"fp32": "", "phases": "--phases", "int8": "--precision int8",
                   "uint8": "--precision int8 --uint8"}
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder)

@@ -370,7 +370,7 @@ def draw_neighbours(images, features, train, reference, path):
     """A picture: ten samples, each followed by the eight training images that are nearest to it."""
     _, index = nearest(features[:10], reference["train"], 8)
     rows = [np.concatenate((image[None], train[k])) for image, k in zip(images, index)]
-    gan.save_grid(Path(path), [np.concatenate(rows)], 9)
+    gan.save_grid(Path(path), np.concatenate(rows), 9)
 
 def load_samples(args):
     """{source: (images, labels)}, all of one size."""

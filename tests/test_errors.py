@@ -94,7 +94,7 @@ def edited(*argv):
     sys.argv = ["mine.py", *argv]
     runpy.run_path("mine.py", run_name="__main__")
 
-@pytest.mark.parametrize(("old", "new"), [("return self.main(z.", "return self.mian(z."),  # a typo in Generator
+@pytest.mark.parametrize(("old", "new"), [("return self.main(z[:, :", "return self.mian(z[:, :"),  # a typo in Generator
                                           ("torch.randn(len(real), args.nz,", "torch.randn(len(real), args.nz + 1,")])
 def test_a_mistake_in_an_edit_keeps_its_traceback(old, new):
     """A copy of the script in a folder of its own, as a reader edits it."""

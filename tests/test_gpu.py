@@ -23,7 +23,7 @@ import infer_ort
 from benchmarks import gpu
 
 GPU = "--device cuda"
-FILES = ("--no-phases", "--no-phases --uint8", "--precision fp16", "--precision fp16 --uint8")
+FILES = ("", "--uint8", "--precision fp16", "--precision fp16 --uint8")
 CUDA = torch.cuda.is_available()
 pytestmark = pytest.mark.skipif(not CUDA, reason="PyTorch finds no CUDA device")
 no_bf16 = pytest.mark.skipif(not (CUDA and torch.cuda.is_bf16_supported(False)), reason="no fast bfloat16")
@@ -84,7 +84,7 @@ def test_compile(script, devices, precision):
     train(script, GPU, "--compile --max_steps 16 --precision", precision)
     assert resume(script, "--no-compile --device cpu --max_steps 18")["step"] == 18
     assert devices == ["cuda"] * 16 + ["cpu"] * 2
-    exported("run", "--no-phases --no-verify")
+    exported("run", "--no-verify")
 
 @POSIX
 @pytest.mark.parametrize(("visible", "flags", "says"),
