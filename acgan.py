@@ -1,19 +1,19 @@
 """ACGAN: Odena, Olah, Shlens 2017, "Conditional Image Synthesis with Auxiliary Classifier GANs".
 
-netG makes pictures of a class that it is told. netD tells real from fake and, with a second head, the
-class. The nets are DCGAN's.
+A generator (netG) makes pictures of a class that it is told. A discriminator (netD) tells real from
+fake and, with a second head, the class. The nets are DCGAN's.
 
-    python acgan.py                                        # embedded digits, no download
-    python acgan.py --dataset cifar10                      # or a folder or .zip of class folders
-    python acgan.py --recipe paper                         # as the paper trains
-    python acgan.py --resume                               # go on with the last run that was stopped
-    python acgan.py --sample runs/acgan-digits --labels 3,7    # new pictures, a column for each class
-    torchrun --nproc_per_node 2 acgan.py --dataset cifar10 # one process for each GPU
+    python acgan.py                                            # embedded digits, no download
+    python acgan.py --dataset cifar10                          # or a folder, a .zip of class folders
+    python acgan.py --recipe paper                             # the paper's losses, widths, rates
+    python acgan.py --resume                                   # go on with the last stopped run
+    python acgan.py --sample runs/acgan-digits --labels 3,7    # a column for each class
+    torchrun --nproc_per_node 2 acgan.py                       # one process for each GPU
 
-The default is not the paper's. Its class head has classes of its own for fakes (ADC-GAN, Hou et al.
-2022), or pictures of a class become alike; and it has dcgan.py's penalty, average and rates. On MNIST,
-344 s on one core of an AMD EPYC, FID is 1.0 in the features of a small classifier, 0.4 between two
-halves of the real images, and 99 % show the class asked for (benchmarks/RESULTS.md).
+The default is not the paper's. Its class head has 2n classes: n for real images, n for fakes
+(ADC-GAN, Hou et al. 2022); with n, pictures of a class become alike. Average and rates are those of
+dcgan.py, the penalty covers the class, too. On one core of an AMD EPYC MNIST takes 344 s, to FID 1.0
+by a small classifier, which sees the class asked for in 99 % (benchmarks/RESULTS.md).
 """
 
 import argparse
@@ -56,31 +56,31 @@ METHOD = "acgan"  # written into checkpoints, whatever a copy of this file is ca
 
 # ------------------------------------------------------------------------------------------- flags
 
-RECIPES = {  # defaults of any flags; --recipe paper is put on top of "default"
+RECIPES = {  # defaults, also of flags that stand below the line; "paper" is put on top of "default"
     "default": "--ngf 64 --ndf 32 --batch_size 32 --lr_g 2e-3 --lr_d 1e-3 --lr_decay linear"
                " --gp_weight 0.9 --ema 0.999 --aux adc",
-    # Appendix A, the nets for CIFAR-10, and section 3, the losses.
+    # Appendix A: widths, rates and dropout of the nets for CIFAR-10.
     "paper": "--ngf 96 --ndf 64 --batch_size 100 --lr_g 2e-4 --lr_d 2e-4 --lr_decay none"
              " --gp_weight 0 --ema 0 --aux acgan --dropout 0.5",
 }
 
 def add_method_flags(group):
-    flag = group.add_argument  # flags without a default here have it in RECIPES
+    flag = group.add_argument  # no default: in RECIPES. positive, weight, ...: ranges
     flag("--img_size", type=int, choices=(16, 32, 64, 128, 256), default=64, help="height and width")
     flag("--nz", type=positive, default=100, help="size of the latent vector")
     flag("--ngf", type=positive, help="channels of netG's last hidden layer")
     flag("--ndf", type=positive, help="channels of netD's first layer")
     flag("--dropout", type=below_1, default=0.0, help="dropout probability in netD")
-    flag("--aux", choices=("adc", "acgan"), help="acgan: the paper's class head; adc: fakes have classes too")
+    flag("--aux", choices=("adc", "acgan"), help="adc: class n + k is a fake of k")
     flag("--aux_g", type=weight, default=1.0, help="weight of the class loss in netG's loss")
     flag("--real_label", type=fraction, default=1.0, help="target for real (0.9: smoothed)")
     flag("--fake_label", type=fraction, default=0.0, help="target for fake (0.1: smoothed)")
     flag("--gp_weight", type=weight, help="weight of the gradient penalty; 0: none")
-    flag("--gp_every", type=positive, default=4, help="penalty in every N-th step, N times as heavy")
+    flag("--gp_every", type=positive, default=4, help="in every N-th step, N times as heavy")
     flag("--ema", type=below_1, help="decay of the average of netG's weights, which is sampled")
     flag("--d_steps", type=positive, default=1, help="netD steps, on new images, for one of netG")
     flag("--pretrain_d", type=count, default=0, metavar="STEPS",
-         help="train netD and its class head first, before netG moves")
+         help="train netD first, with its class head, on pictures of the untrained netG")
     flag("--lr_decay", choices=("none", "linear"), help="linear: to 0 in the run's second half")
 
 # -------------------------------------------------------------------------------------------- nets
@@ -105,15 +105,15 @@ class Generator(nn.Module):
         self.main = nn.Sequential(*layers)
 
     def forward(self, z, labels):
-        z = z.flatten(1) * self.label_emb(labels)  # how most implementations tell netG the class
-        if z.is_cuda:  # (N, nz, 1, 1), strided as channels_last: or --compile fails (pytorch#171622)
+        z = z.flatten(1) * self.label_emb(labels)  # the paper appends the class to z
+        if z.is_cuda:  # the same, strided as channels_last: else --compile fails (pytorch#171622)
             return self.main(z[:, None, None].permute(0, 3, 1, 2))
         return self.main(z[:, :, None, None])
 
 class Discriminator(nn.Module):
-    """(N, nc, img_size, img_size) images -> (N) logits: real if positive; (N, n_classes) class logits."""
+    """(N, nc, img_size, img_size) images -> (N) logits, real if positive; (N, n_aux) of classes."""
 
-    def __init__(self, nc=3, ndf=64, img_size=64, n_classes=10, dropout=0.0):
+    def __init__(self, nc=3, ndf=64, img_size=64, n_aux=10, dropout=0.0):
         super().__init__()
         stages = int(math.log2(img_size)) - 2  # each halves height and width; 4 at img_size 64
         layers = []
@@ -121,97 +121,106 @@ class Discriminator(nn.Module):
         for k in range(stages):  # ndf x 32 x 32, (ndf*2) x 16 x 16, (ndf*4) x 8 x 8, (ndf*8) x 4 x 4
             out = ndf * 2**k
             layers += [nn.Conv2d(channels, out, 4, 2, 1, bias=False)]
-            if k > 0:  # the first layer has no BatchNorm
+            if k > 0:  # DCGAN's paper has no BatchNorm on netD's first layer
                 layers += [nn.BatchNorm2d(out)]
             layers += [nn.LeakyReLU(0.2, inplace=True), nn.Dropout(dropout)]
             channels = out
         self.main = nn.Sequential(*layers)
         self.adv = nn.Conv2d(channels, 1, 4, 1, 0, bias=False)  # 1 x 1 x 1
-        self.aux = nn.Conv2d(channels, n_classes, 4, 1, 0)  # n_classes x 1 x 1
+        self.aux = nn.Conv2d(channels, n_aux, 4, 1, 0)  # n_aux x 1 x 1
 
     def forward(self, x):
         x = self.main(x)
         return self.adv(x).flatten(), self.aux(x).flatten(1)
 
 def weights_init(net):
-    """N(0, 0.02) and BatchNorm scales N(1, 0.02): section 4 of DCGAN's paper."""
+    """N(0, 0.02), BatchNorm scales N(1, 0.02): section 4 of DCGAN's paper."""
     for m in net.modules():
-        if isinstance(m, (nn.Conv2d, nn.ConvTranspose2d)):
-            nn.init.normal_(m.weight, 0.0, 0.02)
-            if m.bias is not None:
-                nn.init.zeros_(m.bias)
-        elif isinstance(m, nn.BatchNorm2d):
+        if isinstance(m, nn.BatchNorm2d):
             nn.init.normal_(m.weight, 1.0, 0.02)
+        if not isinstance(m, (nn.Conv2d, nn.ConvTranspose2d)):
+            continue
+        for w in m.parameters():
+            if w.ndim == 1:  # a bias
+                nn.init.zeros_(w)
+            else:
+                nn.init.normal_(w, 0.0, 0.02)
 
 def config_of(state):
-    """Generator's arguments, read off the shapes in a state dict that another program wrote."""
+    """Generator's arguments, from the shapes in a state dict of another program, a tutorial's say."""
     convs = [w for name, w in state.items() if name.startswith("main.") and w.ndim == 4]
     nz = convs[0].shape[0]  # a ConvTranspose2d's weight is (in, out, 4, 4)
     ngf, nc = convs[-1].shape[:2]
-    n_classes = len(state["label_emb.weight"])
-    return {"nz": nz, "ngf": ngf, "nc": nc, "img_size": 2 ** (len(convs) + 1), "n_classes": n_classes}
+    config = {"nz": nz, "ngf": ngf, "nc": nc, "img_size": 2 ** (len(convs) + 1)}
+    return config | {"n_classes": len(state["label_emb.weight"])}
 
 # ------------------------------------------------------------------------------------------ losses
 
 def d_loss(real_logits, fake_logits, args):
-    """-log D(x) - log(1 - D(G(z))): equation 1 of Goodfellow et al. 2014, the paper's L_S."""
+    """-log D(x) - log(1 - D(G(z))), Goodfellow et al. 2014, eq. 1: minus the paper's L_S."""
     real_target = torch.full_like(real_logits, args.real_label)
     fake_target = torch.full_like(fake_logits, args.fake_label)
     real_loss = F.binary_cross_entropy_with_logits(real_logits, real_target)
     fake_loss = F.binary_cross_entropy_with_logits(fake_logits, fake_target)
     return real_loss + fake_loss
 
-def accuracy(class_logits, labels, n):
-    """acc_real and acc_fake of the log: where the head is right, be it a class of real ones or of fakes."""
-    return class_logits.argmax(1) % n == labels
-
 def g_loss(fake_logits):
     """-log D(G(z)), the non-saturating loss of Goodfellow et al. 2014, section 3."""
     return F.binary_cross_entropy_with_logits(fake_logits, torch.ones_like(fake_logits))
 
-def class_margin(class_logits, labels, fakes):
-    """What netG lowers: the class loss, the paper's L_C; less, for adc, that of the class among fakes."""
+def g_class_loss(class_logits, labels, fake_offset):
+    """-log P(class) of fakes: minus L_C of the paper, of which it is the part that depends on netG.
+
+    adc: less -log P(class among fakes), so that the logit of k minus that of n + k is left.
+    """
     loss = F.cross_entropy(class_logits, labels)
-    if fakes:
-        loss = loss - F.cross_entropy(class_logits, labels + fakes)
+    if fake_offset:
+        loss = loss - F.cross_entropy(class_logits, labels + fake_offset)
     return loss
 
-def gradient_penalty(netD, real, labels, fakes):
-    """R1 (Mescheder et al. 2018, eq. 9) of both heads: half the squared gradient of what netG climbs."""
+def accuracy(class_logits, labels, n):
+    """acc_real and acc_fake of the log, for each image: is the class right? n + k counts as k."""
+    return class_logits.argmax(1) % n == labels
+
+def gradient_penalty(netD, real, labels, fake_offset):
+    """R1, Mescheder et al. 2018, eq. 9: half the squared gradient of netD's score at real images.
+
+    The score is the first head's logit; adc: plus the logit of the class minus that of its fakes.
+    """
     x = real.detach().requires_grad_()
-    logits, class_logits = netD.forward(x)  # not netD(x): torch.compile has no second derivatives
-    climbed = logits.sum()
-    if fakes:
-        climbed = climbed - len(x) * class_margin(class_logits, labels, fakes)
-    (grad,) = torch.autograd.grad(climbed, x, create_graph=True)
+    logits, class_logits = netD.forward(x)  # netD(x) may be compiled: no second derivative
+    score = logits.sum()
+    if fake_offset:  # len(x): the loss is a mean over images, the score is a sum
+        score = score - len(x) * g_class_loss(class_logits, labels, fake_offset)
+    (grad,) = torch.autograd.grad(score, x, create_graph=True)
     squared = grad.square().sum((1, 2, 3))
-    return squared.mean() / 2 / x.shape[1]  # divided by nc: one weight does for grey and for RGB
+    return squared.mean() / 2 / x.shape[1]  # by nc, so that one weight suits both grey and RGB
 
 # ---------------------------------------------------------------------------------------- training
 
 def train(args):
     run = Run(args, labelled=True)
     n = len(run.classes)
-    fakes = n if args.aux == "adc" else 0  # adc: classes n to 2n - 1 are those of fakes
+    fake_offset = n if args.aux == "adc" else 0  # netD learns to see fakes as label + fake_offset
     netG = Generator(args.nz, args.ngf, args.nc, args.img_size, n)
-    netD = Discriminator(args.nc, args.ndf, args.img_size, n + fakes, args.dropout)
+    netD = Discriminator(args.nc, args.ndf, args.img_size, n + fake_offset, args.dropout)
     for net in (netG, netD):
         weights_init(net)
         net.to(run.device, memory_format=run.memory_format)
 
-    # What is sampled: the average of netG's weights. Its BatchNorm statistics are measured anew
-    # before each save (measure_batchnorm, below).
+    # What is sampled: the average of netG's weights. Its BatchNorm statistics are no average: they are
+    # measured, for these weights, before each save (measure_batchnorm, below).
     netG_ema = copy.deepcopy(netG).eval().requires_grad_(False)
     betas = (args.beta1, args.beta2)
     optG = torch.optim.Adam(netG.parameters(), args.lr_g, betas, fused=True)
     optD = torch.optim.Adam(netD.parameters(), args.lr_d, betas, fused=True)
 
-    # Under torchrun or with --compile these average gradients, or are compiled; else they are the nets.
+    # DistributedDataParallel under torchrun, else netG and netD themselves. --compile changes these.
     ddpG = run.parallel(netG)
     ddpD = run.parallel(netD)
 
-    # Before the first pass run.steps restores what it is given, with --resume. After each it logs and,
-    # now and then, saves and draws. A signal ends the loop.
+    # run.steps yields (step, images, labels). With --resume it first restores what it is given. After a
+    # pass it logs, saves and draws if that is due. Ctrl-C or SIGTERM ends the loop.
     for step, real, labels in run.steps(netG=netG, netD=netD, netG_ema=netG_ema, optG=optG, optD=optD):
         factor = 1
         if args.lr_decay == "linear":  # to 0, from the middle of the run on
@@ -220,22 +229,26 @@ def train(args):
         optD.param_groups[0]["lr"] = factor * args.lr_d
         g_step = step >= args.pretrain_d and (step + 1) % args.d_steps == 0
 
-        # D step: tell real from fake, and the class. The fakes are of the classes of the real ones.
+        # D step: tell real from fake, and the class, in two passes: BatchNorm must not mix them. Fakes
+        # are of the classes of the real images.
         z = torch.randn(len(real), args.nz, device=run.device)
         with run.autocast():
-            with torch.set_grad_enabled(g_step):  # no graph where netG will not step
+            with torch.set_grad_enabled(g_step):  # no graph where netG does not step
                 fake = ddpG(z, labels)
             real_logits, real_class = ddpD(real)
             fake_logits, fake_class = ddpD(fake.detach())
         real_logits, real_class = real_logits.float(), real_class.float()
         fake_logits, fake_class = fake_logits.float(), fake_class.float()
         loss_d = d_loss(real_logits, fake_logits, args)
-        class_loss = F.cross_entropy(real_class, labels) + F.cross_entropy(fake_class, labels + fakes)
         run.log({"loss_d": loss_d, "D(x)": real_logits.sigmoid(), "D(G(z))": fake_logits.sigmoid()})
-        run.log({"acc_real": accuracy(real_class, labels, n), "acc_fake": accuracy(fake_class, labels, n)})
+        class_loss = F.cross_entropy(real_class, labels)
+        class_loss = class_loss + F.cross_entropy(fake_class, labels + fake_offset)
+        acc_real = accuracy(real_class, labels, n)
+        acc_fake = accuracy(fake_class, labels, n)
+        run.log({"acc_real": acc_real, "acc_fake": acc_fake})
         loss_d = loss_d + class_loss
-        if args.gp_weight > 0 and step % args.gp_every == 0:  # now and then: StyleGAN2, appendix B
-            penalty = gradient_penalty(netD, real, labels, fakes)
+        if args.gp_weight > 0 and step % args.gp_every == 0:  # StyleGAN2, appendix B: enough
+            penalty = gradient_penalty(netD, real, labels, fake_offset)
             loss_d = loss_d + args.gp_every * args.gp_weight * penalty
         optD.zero_grad()
         loss_d.backward()
@@ -243,12 +256,12 @@ def train(args):
         if not g_step:
             continue
 
-        # G step: make the same fakes pass for real, and show their class. netD is frozen, for gradients of
-        # its weights are not needed; and it is netD, not ddpD, which waits for gradients to average.
+        # G step: make the same fakes pass for real, and be seen as their class. netD is frozen: no
+        # gradients of its weights are needed. And it is netD, not ddpD, which would wait for them.
         netD.requires_grad_(False)
         with run.autocast():
             fake_logits, fake_class = netD(fake)
-        class_loss = class_margin(fake_class.float(), labels, fakes)
+        class_loss = g_class_loss(fake_class.float(), labels, fake_offset)
         loss_g = g_loss(fake_logits.float()) + args.aux_g * class_loss
         run.log({"loss_g": loss_g})
         optG.zero_grad()
@@ -256,7 +269,7 @@ def train(args):
         optG.step()
         netD.requires_grad_(True)
 
-        decay = min(args.ema, (1 + step) / (10 + step))  # at first the average follows quickly
+        decay = min(args.ema, (1 + step) / (10 + step))  # quick at first; --ema 0: a copy
         with torch.no_grad():
             for average, w in zip(netG_ema.parameters(), netG.parameters()):
                 average.lerp_(w, 1 - decay)
@@ -264,13 +277,15 @@ def train(args):
 # ---------------------------------------------------------------------------------------- PLUMBING
 # The same lines in gan.py, dcgan.py and acgan.py. They need from above:
 # - METHOD, RECIPES and add_method_flags, with --nz, --img_size and --d_steps among its flags
-# - Generator, called as netG(z, labels), with exactly its arguments in .config; n_classes is one of
-#   them if it takes labels (int64, numbers of run.classes; all 0 where there are none)
+# - Generator, called as netG(z, labels), with exactly its arguments in .config: nz, nc, img_size, and
+#   n_classes if it takes labels, which are int64 and, where there are no classes, all 0
 # - config_of, its arguments read off somebody's state dict
 # - train(args), which makes nets and optimizers, and gives them to run.steps, netG_ema among them
-# Run(args, labelled=True) takes only images with a class. max_steps counts passes of the loop.
+# They give Run(args), or Run(args, labelled=True) for images with a class only: .device, .classes,
+# .memory_format, .autocast(), .parallel(net), .steps(...), .log({name: tensor}), and .done and .epoch,
+# how much of the run is over and how often the data was seen. A step is one pass of the loop.
 
-SCRIPT = Path(globals().get("__file__", METHOD)).stem  # a notebook has no __file__
+SCRIPT = Path(globals().get("__file__", METHOD)).stem  # in names and messages; a notebook has no file
 SIGHUP = getattr(signal, "SIGHUP", None)  # a lost terminal; Windows has none
 DATASETS = {  # what changes the defaults for a data set
     "digits": "--img_size 32 --nc 1 --max_steps 4600",
@@ -281,7 +296,7 @@ DATASETS = {  # what changes the defaults for a data set
 }
 
 class UserError(Exception):
-    """What the user can mend: main() says it in one line, without a traceback."""
+    """An error that the user can mend: main() makes one line of it, without a traceback."""
 
 def say(text):
     """A line on stderr, from one process of a run."""
@@ -295,9 +310,9 @@ def number(kind, low, high, text):
     try:
         value = kind(text)
     except ValueError:
-        value = math.nan
+        value = math.nan  # which is in no range
     if not low <= value <= high:
-        raise argparse.ArgumentTypeError(f"{text} is no {kind.__name__} from {low} to {high}")
+        raise argparse.ArgumentTypeError(f"{text} is not an {kind.__name__} from {low} to {high}")
     return value
 
 positive = functools.partial(number, int, 1, 2**31 - 1)
@@ -360,10 +375,10 @@ def make_parser():
     flag("--precision", choices=("auto", "fp32", "bf16"), default="auto", help="auto: bf16 if fast")
     flag("--compile", action=switch, default=False, help="torch.compile both nets: for long runs")
     flag("--out_dir", help=f"where the run is kept; if none, a new folder runs/{SCRIPT}-DATASET")
-    flag("--resume", nargs="?", const="", metavar="PATH", help="go on with a run (the last stopped)")
+    flag("--resume", nargs="?", const="", metavar="PATH", help="go on with a run, the last")
     flag("--save_interval", type=positive, metavar="STEPS", help="from save to save (50 a run)")
     flag("--keep_every", type=positive, metavar="EPOCHS", help="also keep numbered checkpoints")
-    flag("--log_interval", type=positive, default=50, metavar="STEPS", help="from line to line of the log")
+    flag("--log_interval", type=positive, default=50, metavar="STEPS", help="between lines of the log")
     flag("--tensorboard", action=switch, default=False, help="scalars and grids for TensorBoard")
 
     flag = parser.add_argument_group("sampling").add_argument
@@ -375,10 +390,10 @@ def make_parser():
     return parser
 
 def get_args(argv=None):
-    """Command line -> argparse.Namespace. Of the layers, the last one that names a flag counts."""
+    """Command line -> argparse.Namespace. A later layer wins: data set, recipe, checkpoint, typed."""
     parser = make_parser()
     for words in [*DATASETS.values(), *RECIPES.values()]:
-        parser.parse_args(words.split())  # a mistyped flag or value ends here
+        parser.parse_args(words.split())  # only to check them
     typed = typed_flags(parser, argv)
     refuse_useless(parser, typed)
     layers = [
@@ -392,7 +407,7 @@ def get_args(argv=None):
     if "resume" in typed:
         path = last_checkpoint(typed["resume"] or typed.get("out_dir") or newest_stopped_run())
         saved = load_checkpoint(path)["args"]
-        values |= {name: saved[name] for name in values.keys() & saved.keys()}
+        values |= {name: saved[name] for name in values.keys() & saved.keys()}  # those still there
         values["out_dir"] = str(Path(path).parent)
     parser.set_defaults(**values)
     parser.add_argument("-h", "--help", action="help", help="print this, for the --dataset given")
@@ -402,12 +417,12 @@ def get_args(argv=None):
 
 def typed_flags(parser, argv):
     """{flag: value} of the command line, without defaults."""
-    blank = dict.fromkeys(vars(parser.parse_args([])))
+    blank = dict.fromkeys(vars(parser.parse_args([])))  # None: argparse gives no default to these
     args, _ = parser.parse_known_args(argv, argparse.Namespace(**blank))
     return {name: value for name, value in vars(args).items() if value is not None}
 
 def refuse_useless(parser, typed):
-    """Ends the program where a flag would do nothing beside the others."""
+    """Ends the program at a flag that does nothing with, or without, --sample or --resume."""
     for_sampling = {"n_samples", "out", "labels", "walk_dim"}
     if "sample" in typed:
         useless = typed.keys() - for_sampling - {"sample", "seed", "device", "batch_size"}
@@ -424,14 +439,15 @@ def refuse_useless(parser, typed):
 
 @contextlib.contextmanager
 def atomic_write(path):
-    """Opens a file in a temporary folder beside `path`, moved there when the block ends well."""
+    """Opens a file in a temporary folder beside `path`, moved there when the block ends well. The
+    folder is deleted in any case."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as folder:
         with open(Path(folder, path.name), "wb") as f:
             yield f
             f.flush()
             os.fsync(f.fileno())
-        os.replace(f.name, path)  # from a folder that goes whatever fails
+        os.replace(f.name, path)
 
 def find_images(args):
     """--dataset -> (names, open_image(i), labels, classes, stamp).
@@ -496,11 +512,15 @@ def list_folder(path):
     """{name: stamp} of all files below a folder, behind links too. Says which cannot be read."""
     stamps = {}
     unreadable = []
+    entered = set()
     for folder, subfolders, files in os.walk(path, onerror=unreadable.append, followlinks=True):
-        here = Path(folder).resolve()
-        for name in subfolders[:]:
-            if Path(folder, name).resolve() in (here, *here.parents):  # a link that would never end
-                subfolders.remove(name)
+        real = os.path.realpath(folder)
+        if real in entered:  # links in circles would never end
+            say(f"left out {folder}: it is {real}, which is listed already")
+            subfolders.clear()
+            continue
+        entered.add(real)
+        subfolders.sort()
         for name in files:
             file = Path(folder, name)
             try:
@@ -508,7 +528,7 @@ def list_folder(path):
             except OSError as e:
                 unreadable.append(e)
                 continue
-            # cp -p, mv and chmod change the ctime alone.
+            # ctime, too: after cp -p or mv another file may have the same mtime.
             stamps[file.relative_to(path).as_posix()] = stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns
     for e in unreadable:
         say(f"left out {e.filename}: {e.strerror}")
@@ -521,7 +541,7 @@ def open_files(path):
         entries = {info.filename.replace("\\", "/"): info for info in archive.infolist()}
         stamps = {name: info.CRC for name, info in entries.items() if not info.is_dir()}
         stamp = ""
-        open_name = lambda name: Image.open(archive.open(entries[name]))  # any thread may
+        open_name = lambda name: Image.open(archive.open(entries[name]))
     else:
         stamps = list_folder(path)
         stamp = str(path.resolve())
@@ -534,22 +554,25 @@ def open_files(path):
     return names, lambda i: open_name(names[i]), labels, classes, stamp
 
 def choose_images(names):
-    """Those of images, sorted. Says what others there are."""
+    """The names that are of images, sorted. Says what others there are."""
     hidden = re.compile(r"(^|/)(\.|__MACOSX/)")
     visible = [name for name in sorted(names) if not hidden.search(name)]
     known = tuple(Image.registered_extensions())
     images = [name for name in visible if name.lower().endswith(known)]
-    others = Counter(PurePosixPath(name).suffix.lower() for name in set(visible) - set(images))
+    others = Counter()
+    for name in visible:
+        if not name.lower().endswith(known):
+            others[PurePosixPath(name).suffix.lower()] += 1
     if others:
         text = ", ".join(f"{n} {suffix or 'without a suffix'}" for suffix, n in others.items())
         way_out = "; save .heic as .jpg" if ".heic" in others else ""
-        say(f"left out files that are no images by their names: {text}{way_out}")
+        say(f"left out files without the name of an image: {text}{way_out}")
     return images
 
 def find_classes(names):
     """Labels and classes, by the first folder below what all names share: x/cat/1, x/dog/2."""
     folders = [name.split("/")[:-1] for name in names]
-    depth = len(os.path.commonprefix(folders))  # works on lists too
+    depth = len(os.path.commonprefix(folders))  # of lists: how many folders all begin with
     kinds = [folder[depth] if len(folder) > depth else None for folder in folders]
     classes = sorted(set(kinds) - {None})
     number_of = {name: k for k, name in enumerate(classes)} | {None: -1}
@@ -560,7 +583,7 @@ def is_deep(img):
     return img.mode[0] in "IF"
 
 def find_white(open_image, chosen):
-    """What is white in deep images: some hundred of them tell how many bits they have. 1 if floats."""
+    """What is white in deep images, 2**bits - 1: so many bits as a hundred of them hold."""
     white = 1
     for i in chosen[::len(chosen) // 100 + 1]:
         with contextlib.suppress(Exception):  # damaged ones are named later
@@ -598,13 +621,14 @@ def load_data(args, labelled=False):
             say(f"left out {len(names) - len(chosen)} images that are in none of the class folders")
     some = np.random.default_rng(0).permutation(len(chosen))[:args.max_images]  # None: all
     chosen = chosen[np.sort(some)]
-    code = to_pixels.__code__  # whoever edits it wants to see the change
-    made_of = stamp, chosen.tobytes(), code.co_code, code.co_consts, code.co_names, PIL.__version__
+    made_of = [stamp, chosen.tobytes(), PIL.__version__]
+    for code in (draw_digit.__code__, to_pixels.__code__):  # an edit of these makes another cache
+        made_of += [code.co_code, code.co_consts, code.co_names]
     key = hashlib.sha256(repr(made_of).encode(errors="surrogatepass")).hexdigest()[:16]
     cache = cache_folder(args) / f"{Path(args.dataset).resolve().stem}-{size}x{nc}-{key}.rows"
     if not cache.exists():
         decode(args, names, open_image, chosen, cache)
-    row = np.dtype([("index", np.int64), ("pixels", np.uint8, (size, size, nc))])
+    row = np.dtype([("index", np.int64), ("pixels", np.uint8, (size, size, nc))])  # as decode writes
     rows = np.memmap(cache, row, "c")  # copy on write: torch warns of arrays that may only be read
     unreadable = [str(names[i]) for i in np.setdiff1d(chosen, rows["index"])]
     if unreadable:
@@ -628,7 +652,8 @@ def decode(args, names, open_image, chosen, cache):
 
     def row(i):
         try:
-            return i.tobytes() + to_pixels(open_image(i), args.img_size, args.nc, white)
+            pixels = to_pixels(open_image(i), args.img_size, args.nc, white)
+            return i.tobytes() + pixels  # i is an np.int64
         except Exception as e:  # noqa: BLE001  damaged files make Pillow raise nearly anything
             failed.append(f"{names[i]}: {e}")
             return b""
@@ -641,9 +666,9 @@ def decode(args, names, open_image, chosen, cache):
 # ---------------------------------------------------------------------------------------- sampling
 
 def latents(seed, start, n, nz):
-    """Latents start, start + 1, ... of a seed: float32 (n, nz) ~ N(0, 1), by Philox and Box-Muller.
-    infer_ort.py makes the same ones, to the bit, and says how."""
-    blocks = math.ceil(nz / 4)  # Philox makes four words at a time, and each latent has its own
+    """Latents start, start + 1, ... of a seed: float32 (n, nz) ~ N(0, 1), by Philox and Box-Muller, as
+    infer_ort.py makes them."""
+    blocks = math.ceil(nz / 4)  # for each latent, of four words; two words make two normals
     philox = np.random.Philox(key=seed, counter=start * blocks)
     words = philox.random_raw(4 * blocks * n).reshape(n, -1, 2)
     u = ((words >> np.uint64(11)) + 0.5) * 2.0**-53
@@ -653,7 +678,7 @@ def latents(seed, start, n, nz):
 
 @torch.no_grad()
 def generate(netG, z, labels, batch_size=64):
-    """Latents (n, nz), labels (n) -> uint8 (n, H, W, C). The last batch is padded: n changes no picture."""
+    """Latents (n, nz), labels (n) -> uint8 (n, H, W, C), whatever n: the last batch is padded."""
     device = next(netG.parameters()).device
     images = []
     for i in range(0, len(z), batch_size):
@@ -664,12 +689,12 @@ def generate(netG, z, labels, batch_size=64):
     return np.concatenate(images)[:len(z)]
 
 def to_uint8(images):
-    """float (N, C, H, W) in [-1, 1] -> uint8 (N, H, W, C) array: the one conversion, as in export.py."""
+    """float (N, C, H, W) in [-1, 1] -> uint8 (N, H, W, C) array, as in export.py."""
     pixels = (images.float() * 127.5 + 128).clamp(0, 255).to(torch.uint8)  # 127.5 + 0.5, to round
     return pixels.permute(0, 2, 3, 1).cpu().numpy()
 
 def save_grid(path, images, columns):
-    """uint8 (N, H, W, C) -> a PNG file, so many pictures in a row."""
+    """uint8 (N, H, W, C) -> a PNG file, `columns` pictures in a row."""
     from torchvision.utils import make_grid  # here and not above: --help need not wait for it
     grid = make_grid(torch.from_numpy(images.copy()).permute(0, 3, 1, 2), columns, pad_value=255)
     with atomic_write(path) as f:
@@ -738,13 +763,14 @@ def last_checkpoint(path):
     if not os.path.isdir(path):
         return str(path)
     numbered = sorted(Path(path).glob("checkpoint_epoch_*.pt"), reverse=True)
-    for found in [*Path(path).glob("checkpoint.pt"), *numbered]:
-        return str(found)
-    raise UserError(f"{path}: there is no checkpoint.pt in this folder")
+    found = [*Path(path).glob("checkpoint.pt"), *numbered]
+    if not found:
+        raise UserError(f"{path}: there is no checkpoint.pt in this folder")
+    return str(found[0])
 
 def newest_stopped_run():
     """The checkpoint, of this script's runs that have steps left, that was written last."""
-    stopped = {}
+    stopped = []
     for path in glob.glob(f"runs/{SCRIPT}-*/checkpoint.pt"):
         try:
             ckpt = load_checkpoint(path)
@@ -752,14 +778,14 @@ def newest_stopped_run():
             say(f"left out {e}")
             continue
         if ckpt["step"] < ckpt["total"]:
-            stopped[ckpt["time"]] = path
+            stopped.append((ckpt["time"], path))
     if not stopped:
         raise UserError(f"--resume: no run in runs/{SCRIPT}-* has steps left; give one, and --max_steps")
-    return stopped[max(stopped)]
+    return max(stopped)[1]
 
 def load_checkpoint(path, methods=(METHOD,)):
     """What torch.save wrote, on the CPU. UserError if it is damaged or of none of the methods.
-    A method of None: somebody else's."""
+    None among these: a file without a method, somebody else's."""
     with open(path, "rb") as f:
         try:
             ckpt = torch.load(f, map_location="cpu", weights_only=True)  # which runs no code
@@ -790,7 +816,7 @@ def find_generator(ckpt, path):
         prefixes = {name.partition("main.0.")[0] for name in names if "main.0." in name}
         for prefix in sorted(prefixes):  # "", "module.", "netG.", ...
             part = {name.removeprefix(prefix): state[name] for name in names if name.startswith(prefix)}
-            with contextlib.suppress(Exception):  # another net, netD perhaps
+            with contextlib.suppress(Exception):  # another net, perhaps netD
                 netG = Generator(**config_of(part))
                 netG.load_state_dict(part)
                 return netG
@@ -805,7 +831,7 @@ def load_state(part, state, path):
         part.load_state_dict(state)
     except (KeyError, RuntimeError, ValueError) as e:
         raise UserError(f"{path}: of other nets or optimizers than asked for: {e}") from e
-    if groups:
+    if groups:  # load_state_dict has put the saved ones in their place
         part.param_groups = groups
 
 # --------------------------------------------------------------------------------------------- run
@@ -821,7 +847,7 @@ def pick_device(name):
 
 @torch.no_grad()
 def measure_batchnorm(netG, z, labels):
-    """Gives averaged weights BatchNorm statistics of their own: Izmailov et al. 2018, section 3.1."""
+    """Gives averaged weights BatchNorm statistics of their own (Izmailov et al. 2018, 3.1)."""
     for layer in netG.modules():
         if isinstance(layer, (nn.BatchNorm1d, nn.BatchNorm2d)):
             layer.reset_running_stats()
@@ -876,7 +902,8 @@ class Run:
             torch.cuda.set_device(self.local_rank)
         self.device = pick_device(name)
         backend = "nccl" if self.device.type == "cuda" else "gloo"
-        dist.init_process_group(backend, timeout=datetime.timedelta(hours=6))  # one may decode for long
+        hours = datetime.timedelta(hours=6)  # for which one may decode, and the others wait
+        dist.init_process_group(backend, timeout=hours)
 
     def set_precision(self):
         """bf16 where it is fast, TF32 on GPUs, and the order of dimensions in memory."""
@@ -885,19 +912,19 @@ class Run:
             fast = torch.cuda.is_bf16_supported(including_emulation=False)
         else:
             fast = kind == "cpu" and torch.cpu.get_capabilities().get("avx512_bf16", False)
-        bf16 = {"auto": fast, "bf16": True, "fp32": False}[args.precision]
+        bf16 = fast if args.precision == "auto" else args.precision == "bf16"
         self.autocast = functools.partial(torch.autocast, kind, torch.bfloat16, enabled=bf16)
         self.memory_format = torch.channels_last
         if kind == "mps":
             self.memory_format = torch.contiguous_format  # pytorch#175189
             if args.compile or self.world > 1:
-                raise UserError("on MPS neither --compile nor several processes: --device cpu, or without")
-            say("MPS is untested here, and PyTorch before 2.14 has known faults there; --device cpu is safe")
+                raise UserError("--device mps: without --compile, and in one process")
+            say("MPS is untested here, and has known faults before PyTorch 2.14; --device cpu is safe")
         torch.backends.cudnn.benchmark = True
         torch.set_float32_matmul_precision("high")  # TF32, which convolutions have by default
 
     def load_images(self, labelled):
-        """One process of a machine decodes, the others find its cache. Kept on the GPU if they fit."""
+        """One process of a machine decodes, the others find its cache. On the GPU if they fit."""
         if self.local_rank > 0:
             dist.barrier()  # until the other barrier
         images, labels, self.classes = load_data(self.args, labelled)
@@ -923,11 +950,12 @@ class Run:
             net.compile(dynamic=False)  # in place: names stay, and forward() is as it was
         if self.world > 1:
             net = DistributedDataParallel(net)
-            net.broadcast_buffers = False  # between netD's two forwards it would spoil the backward
+            # Not an argument, where it warns. A broadcast between netD's two passes spoils the backward.
+            net.broadcast_buffers = False
         return net
 
     def steps(self, **state):
-        """Yields (step, real, labels) until the run is done: (N, nc, H, W) in [-1, 1], (N) numbers of classes.
+        """Yields (step, real (N, nc, H, W) in [-1, 1], labels (N)) until the run is done.
         state: what checkpoints keep by these names and --resume restores; netG_ema is sampled."""
         self.state = state
         if self.args.resume:
@@ -945,12 +973,13 @@ class Run:
                 stop = self.after_step()
             if self.rank == 0 and self.step == self.total:
                 self.save_gif()
-        if stop:
-            if self.rank == 0 and stop != SIGHUP:  # there is no terminal any more
-                print(f"stopped at step {self.step}; go on with: {self.command('--resume')}")
-            sys.exit(128 + stop)
-        if self.rank == 0:
+        finished = self.step == self.total
+        if self.rank == 0 and finished:
             print(f"done: {self.out_dir}; more pictures: {self.command('--sample')}")
+        elif self.rank == 0 and stop != SIGHUP:  # after which there is no terminal to print to
+            print(f"stopped at step {self.step}; go on with: {self.command('--resume')}")
+        if not finished:
+            sys.exit(128 + stop)
 
     def after_step(self):
         """Counts, logs and saves. Returns the signal that ends the run, or 0."""
@@ -959,13 +988,14 @@ class Run:
         self.bar.update()
         stop = self.agreed_signal()
         every = self.args.keep_every
-        keep = every and self.seen % (every * self.epoch_size) == 0
+        keep = bool(every) and self.seen % (every * self.epoch_size) == 0
         save = keep or stop or self.step == self.total or self.step % self.interval == 0
         if save or self.step % self.args.log_interval == 0:
             self.write_log()
         if save and self.rank == 0:
             self.save(keep)
             self.draw()
+        self.has_checkpoint = self.has_checkpoint or save
         return stop
 
     def command(self, flag):
@@ -976,13 +1006,14 @@ class Run:
         """Takes everything in self.state from the checkpoint of --resume."""
         path = self.args.resume
         ckpt = load_checkpoint(path)
+        # Only to a net that takes labels does it matter which class has which number.
         if "n_classes" in ckpt["config"] and ckpt["classes"] != self.classes:
             raise UserError(f"--resume: {path} has the classes {', '.join(ckpt['classes'])}; "
                             f"--dataset {self.args.dataset} has {', '.join(self.classes)}")
         for name, part in self.state.items():
             load_state(part, ckpt.get(name, {}), path)
         self.step = ckpt["step"]
-        self.seen = ckpt["seen"] // self.batch * self.batch
+        self.seen = ckpt["seen"] // self.batch * self.batch  # --batch_size may be another now
         self.has_checkpoint = True
 
     def plan(self):
@@ -992,9 +1023,11 @@ class Run:
         if args.epochs:
             self.total = self.step + (args.epochs * self.epoch_size - self.seen) // self.batch
         if self.step >= self.total:
-            raise UserError(f"{args.resume} has done its {self.step} steps; give more --max_steps or --epochs")
+            done = f"{args.resume} has done its {self.step} steps"
+            raise UserError(f"--resume: {done}; give more --max_steps or --epochs")
         self.interval = args.save_interval or max(100, self.total // 50)
         n_classes = self.state["netG_ema"].config.get("n_classes", 0)
+        # The first of these are for grids, all of them for measure_batchnorm.
         self.inputs = latents(args.seed, 0, 512, args.nz), np.arange(512) % max(1, n_classes)
         self.columns, self.n_grid = 8, 64
         if n_classes:
@@ -1011,36 +1044,45 @@ class Run:
 
     @contextlib.contextmanager
     def claim_folder(self):
-        """A folder for this process alone. A new run takes the next name that is free: -2, -3, ..."""
+        """A folder for this process alone. A new run takes the next free name: -2, -3, ..."""
         args = self.args
-        name = args.out_dir or f"runs/{SCRIPT}-{Path(args.dataset).resolve().stem}"
-        for number in itertools.count(1):
-            if self.rank > 0:  # the first process writes
-                yield
-                return
-            self.out_dir = Path(name if number == 1 else f"{name}-{number}")
+        if self.rank > 0:  # the first process writes
+            yield
+            return
+        name = Path(args.out_dir or f"runs/{SCRIPT}-{Path(args.dataset).resolve().stem}")
+        goes_on = args.resume and Path(args.resume).resolve().parent == name.resolve()
+        self.out_dir, number = name, 1
+        while True:
             self.out_dir.mkdir(parents=True, exist_ok=True)
             lock = FileLock(self.out_dir / ".lock", timeout=0)
-            if args.resume or set(os.listdir(self.out_dir)) <= {".lock"}:
-                with contextlib.suppress(Timeout), lock:
-                    if args.resume or os.listdir(self.out_dir) == [".lock"]:
-                        yield
-                        return
-            if args.resume:
-                raise UserError(f"--resume: another process is training in {self.out_dir}")
+            if goes_on or set(os.listdir(self.out_dir)) <= {".lock"}:
+                try:
+                    lock.acquire()
+                except Timeout:
+                    if goes_on:
+                        raise UserError(f"--resume: another process is training in {name}") from None
+                if lock.is_locked and (goes_on or os.listdir(self.out_dir) == [".lock"]):
+                    break
+                lock.release()
+            number += 1
+            self.out_dir = name.with_name(f"{name.name}-{number}")
+        try:
+            yield
+        finally:
+            lock.release()
 
     @contextlib.contextmanager
     def heed_signals(self):
-        """Inside, SIGINT, SIGTERM and SIGHUP end the run after its step; a SIGHUP of nohup does nothing."""
+        """Inside, SIGINT, SIGTERM and SIGHUP, unless ignored by nohup, end the run after its step."""
         def note(signum, frame):
             self.signum = signum
 
-        wanted = {signal.SIGINT, signal.SIGTERM}
+        wanted = [signal.SIGINT, signal.SIGTERM]
         if SIGHUP and signal.getsignal(SIGHUP) != signal.SIG_IGN:
-            wanted.add(SIGHUP)
-        if threading.current_thread() is not threading.main_thread():
-            wanted = set()  # only the main thread may
-        before = {signum: signal.signal(signum, note) for signum in wanted}
+            wanted.append(SIGHUP)
+        before = {}
+        if threading.current_thread() is threading.main_thread():  # only it may set handlers
+            before = {signum: signal.signal(signum, note) for signum in wanted}
         try:
             yield
         finally:
@@ -1048,11 +1090,12 @@ class Run:
                 signal.signal(signum, handler)
 
     def begin(self):
-        """Says what is done; shows real images, and what netG makes before its first step."""
+        """Prints the plan; draws real images, and what netG makes before its first step."""
         args = self.args
         some = np.random.default_rng(args.seed).permutation(len(self.images))[:64]
         save_grid(self.out_dir / "samples" / "real.png", self.images[some].cpu().numpy(), 8)
-        g_steps = max(0, self.total - vars(args).get("pretrain_d", 0)) // args.d_steps
+        before = min(self.total, vars(args).get("pretrain_d", 0))  # a flag that some scripts have
+        g_steps = self.total // args.d_steps - before // args.d_steps
         length = f"{self.total} steps"
         if g_steps != self.total:
             length = f"{self.total} netD steps, {g_steps} netG steps"
@@ -1065,7 +1108,7 @@ class Run:
         self.draw()
 
     def next_batch(self):
-        """A step's randomness comes from (seed, step, rank): a resume needs no other random state."""
+        """Its randomness comes from (seed, step, rank): a resume needs no other random state."""
         args, device = self.args, self.device
         epoch, start = divmod(self.seen, self.epoch_size)
         if start == 0 or self.order is None:
@@ -1079,28 +1122,27 @@ class Run:
             torch.default_generator.manual_seed(seed)
         else:
             torch.manual_seed(seed)
-        index = self.order[start + self.rank:start + self.batch:self.world]
+        index = self.order[start + self.rank:start + self.batch:self.world]  # each process its own
         real, labels = self.images[index], self.labels[index]
         if cuda and not real.is_cuda:  # pinned, so that nobody waits until the GPU takes them
             real, labels = real.pin_memory(), labels.pin_memory()
         real, labels = real.to(device, non_blocking=cuda), labels.to(device, non_blocking=cuda)
         real = real.permute(0, 3, 1, 2).float().sub_(127.5).div_(127.5)
         if device.type == "mps":
-            real = real.clone(memory_format=torch.contiguous_format)
+            real = real.clone(memory_format=torch.contiguous_format)  # pytorch#175189
         if args.hflip:
             flip = torch.rand(len(real), 1, 1, 1, device=device) < 0.5
             real = torch.where(flip, real.flip(3), real)
         return real, labels
 
     def log(self, values):
-        """{name: tensor}: their means go to the next line of the log. Nobody waits for the GPU here."""
+        """{name: tensor}: means go to the next line of the log. Nobody waits for the GPU here."""
         for name, value in values.items():
             self.to_log.setdefault(name, []).append(value.detach())
 
     def write_log(self):
         """A line of log.jsonl, the bar and TensorBoard."""
-        means = [torch.stack(values).float().mean() for values in self.to_log.values()]
-        row = dict(zip(self.to_log, torch.stack(means).tolist()))
+        row = {name: torch.stack(values).float().mean().item() for name, values in self.to_log.items()}
         self.check_finite(row)
         now = time.perf_counter()
         row["images/s"] = (self.step - self.logged) * self.batch / (now - self.log_time)
@@ -1116,7 +1158,7 @@ class Run:
                 self.writer.add_scalar(name, value, self.step)
 
     def check_finite(self, row):
-        """Stops the run where losses or weights are not finite: no checkpoint has such."""
+        """Stops the run where losses or weights are not finite, so that none are saved."""
         nets = [part for part in self.state.values() if isinstance(part, nn.Module)]
         norm = nn.utils.get_total_norm([w for net in nets for w in net.parameters()]).item()
         if not all(math.isfinite(value) for value in (norm, *row.values())):
@@ -1128,11 +1170,11 @@ class Run:
         """A checkpoint; keep: a numbered one too."""
         netG = self.state["netG_ema"]
         measure_batchnorm(netG, *self.inputs)
-        ckpt = {"script": METHOD, "args": vars(self.args), "config": netG.config}
+        ckpt = {name: part.state_dict() for name, part in self.state.items()}
+        ckpt |= {"script": METHOD, "args": vars(self.args), "config": netG.config}
         ckpt |= {"classes": self.classes, "step": self.step, "total": self.total}
         ckpt |= {"seen": self.seen, "time": time.time()}
-        ckpt |= {name: part.state_dict() for name, part in self.state.items()}
-        buffer = io.BytesIO()  # torch.save into a file hides why it fails
+        buffer = io.BytesIO()  # torch.save into a file does not say that the disk is full
         torch.save(ckpt, buffer)
         names = ["checkpoint.pt"]
         if keep:
@@ -1140,7 +1182,6 @@ class Run:
         for name in names:
             with atomic_write(self.out_dir / name) as f:
                 f.write(buffer.getbuffer())
-        self.has_checkpoint = True
 
     def draw(self):
         """A grid of netG_ema's pictures, of the same latents all the time."""
@@ -1152,7 +1193,7 @@ class Run:
             self.writer.flush()
 
     def agreed_signal(self):
-        """The signal that all processes know of, or 0. In every tenth step: asking waits for the GPU."""
+        """The signal that all processes know of, or 0: in every tenth step, for asking takes time."""
         if self.world == 1:
             return self.signum
         if self.step % 10:
@@ -1172,16 +1213,16 @@ class Run:
 
 def main():
     """One line and exit code 1 for what the user can mend. All else keeps its traceback."""
-    mendable = UserError, OSError, FloatingPointError, MemoryError, torch.OutOfMemoryError, KeyboardInterrupt
+    memory = MemoryError, torch.OutOfMemoryError
     for stream in (sys.stdout, sys.stderr):
-        stream.reconfigure(errors="backslashreplace")  # of names that the terminal cannot show
+        stream.reconfigure(errors="backslashreplace")  # for names that a terminal cannot show
     try:
         args = get_args()
         if args.sample:
             sample(args)
         else:
             train(args)
-    except mendable as e:
+    except (UserError, OSError, FloatingPointError, KeyboardInterrupt, *memory) as e:
         sys.exit(f"{SCRIPT}.py: error: {' '.join(str(e).split()) or type(e).__name__}")
     finally:
         if dist.is_initialized():

@@ -184,9 +184,9 @@ def baseline_nets(args, size, device):
         netG = PeerG(args.as_baseline, args.nc, size)
         netD = PeerD(args.as_baseline, args.nc, size)
     else:
-        classes = {"n_classes": 10} if args.as_baseline == "acgan" else {}
-        netG = script.Generator(nz=100, ngf=args.ngf, nc=args.nc, img_size=size, **classes)
-        netD = script.Discriminator(nc=args.nc, ndf=args.ngf, img_size=size, **classes)
+        classes = [10] if args.as_baseline == "acgan" else []
+        netG = script.Generator(100, args.ngf, args.nc, size, *classes)
+        netD = script.Discriminator(args.nc, args.ngf, size, *classes)
     netG.to(device)
     netD.to(device)
     script.weights_init(netG)
@@ -290,13 +290,13 @@ def flop_per_image(script, nc, size, ngf, ndf):
     """Floating-point operations of one training step for one image, counted by PyTorch."""
     from torch.utils.flop_counter import FlopCounterMode
 
-    n, conditional = 4, {"n_classes": 10} if script.SCRIPT == "acgan" else {}
-    netG = script.Generator(nz=100, ngf=ngf, nc=nc, img_size=size, **conditional)
-    netD = script.Discriminator(nc=nc, ndf=ndf, img_size=size, **conditional)
-    labels = [torch.zeros(n, dtype=torch.long)] if conditional else []
+    n, classes = 4, [10] if script.SCRIPT == "acgan" else []
+    netG = script.Generator(100, ngf, nc, size, *classes)
+    netD = script.Discriminator(nc, ndf, size, *classes)
+    labels = [torch.zeros(n, dtype=torch.long)] if classes else []
 
     def total(out):
-        return sum(t.sum() for t in out) if conditional else out.sum()
+        return sum(t.sum() for t in out) if classes else out.sum()
 
     with FlopCounterMode(display=False) as counter:
         fake = netG(torch.randn(n, 100), *labels)

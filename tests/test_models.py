@@ -24,7 +24,7 @@ def test_gan_and_dcgan_make_and_judge_every_size(script, size):
 
 @pytest.mark.parametrize("size", SIZES)
 def test_acgan_makes_and_judges_every_size(size):
-    netG, netD = acgan.Generator(5, 2, 3, size, n_classes=7), acgan.Discriminator(3, 2, size, n_classes=7)
+    netG, netD = acgan.Generator(5, 2, 3, size, n_classes=7), acgan.Discriminator(3, 2, size, n_aux=7)
     images = netG(torch.randn(2, 5, 1, 1), torch.tensor([0, 6]))
     adv, aux = netD(images)
     assert (images.shape, adv.shape, aux.shape) == ((2, 3, size, size), (2,), (2, 7))
