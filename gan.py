@@ -51,7 +51,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-METHOD = "gan"  # written into checkpoints, whatever a copy of this file is called
+METHOD = "gan"  # in checkpoints, and so not the file's name: rename it if you change the nets
 
 # ------------------------------------------------------------------------------------------- flags
 
@@ -219,9 +219,11 @@ def train(args):
 
 # ---------------------------------------------------------------------------------------- PLUMBING
 # The same lines in gan.py, dcgan.py and acgan.py. They need from above:
-# - METHOD, RECIPES and add_method_flags, with --nz, --img_size and --d_steps among its flags
+# - METHOD, another one in a copy that is another method; add_method_flags, with --nz, --img_size and
+#   --d_steps; RECIPES, with --batch_size, --lr_g, --lr_d and each method flag that has no default
 # - Generator, called as netG(z, labels), with exactly its arguments in .config: nz, nc, img_size, and
-#   n_classes if it takes labels, which are int64 and, where there are no classes, all 0
+#   n_classes if it takes labels, which are int64 and, where there are no classes, all 0. Latents
+#   are always N(0, 1): it turns them into whatever else it needs
 # - config_of, its arguments read off somebody's state dict
 # - train(args), which makes nets and optimizers, and gives them to run.steps, netG_ema among them
 # They give Run(args), or Run(args, labelled=True) for images with a class only: .device, .classes,
@@ -335,8 +337,10 @@ def make_parser():
 def get_args(argv=None):
     """Command line -> argparse.Namespace. A later layer wins: data set, recipe, checkpoint, typed."""
     parser = make_parser()
+    parser.prog = f"{SCRIPT}.py, in DATASETS or RECIPES"  # where a mistake is said to be
     for words in [*DATASETS.values(), *RECIPES.values()]:
         parser.parse_args(words.split())  # only to check them
+    parser.prog = f"{SCRIPT}.py"
     typed = typed_flags(parser, argv)
     refuse_useless(parser, typed)
     layers = [
@@ -736,7 +740,7 @@ def load_checkpoint(path, methods=(METHOD,)):
         except Exception as e:  # damaged files make torch raise nearly anything
             raise UserError(f"{path}: damaged, or no dict of tensors as net.state_dict() is") from e
     if wrote not in methods:
-        raise UserError(f"{path}: not for {SCRIPT}.py, it is of {wrote or 'something else'}")
+        raise UserError(f"{path}: its METHOD is {wrote}, that of {SCRIPT}.py is {METHOD}")
     return ckpt
 
 def load_generator(path):
@@ -805,6 +809,7 @@ class Run:
     def __init__(self, args, labelled=False):
         """labelled: train only on images that have a class."""
         self.args = args
+        self.labelled = labelled
         self.start_processes()  # sets rank, local_rank, world, device
         self.set_precision()  # autocast, memory_format
         self.load_images(labelled)  # images, labels, classes, batch, epoch_size
@@ -983,7 +988,12 @@ class Run:
         wanted = (1, self.args.img_size, self.args.img_size, self.args.nc)
         if shape != wanted:
             raise ValueError(f"netG makes pictures of shape {shape}, the images have {wanted}")
-        Generator(**netG.config).load_state_dict(netG.state_dict())  # as --sample will
+        if self.labelled and "n_classes" not in netG.config:
+            raise ValueError("netG.config has no n_classes: only class 0 would be drawn")
+        try:
+            Generator(**netG.config).load_state_dict(netG.state_dict())  # as --sample will
+        except (RuntimeError, TypeError) as e:
+            raise ValueError(f"Generator(**netG.config) is not netG: {e}") from e
 
     @contextlib.contextmanager
     def claim_folder(self):
