@@ -4,16 +4,16 @@ A generator (netG) makes pictures of a class that it is told. A discriminator (n
 fake and, with a second head, the class. The nets are DCGAN's.
 
     python acgan.py                                            # embedded digits, no download
-    python acgan.py --dataset cifar10                          # or a folder, a .zip of class folders
+    python acgan.py --dataset cifar10                          # or class folders, or a .zip of them
     python acgan.py --recipe paper                             # the paper's losses, widths, rates
     python acgan.py --resume                                   # go on with the last stopped run
     python acgan.py --sample runs/acgan-digits --labels 3,7    # a column for each class
     torchrun --nproc_per_node 2 acgan.py                       # one process for each GPU
 
 The default is not the paper's. Its class head has 2n classes: n for real images, n for fakes
-(ADC-GAN, Hou et al. 2022); with n, pictures of a class become alike. Average and rates are those of
-dcgan.py, the penalty covers the class, too. On one core of an AMD EPYC MNIST takes 344 s, to FID 1.0
-by a small classifier, which sees the class asked for in 99 % (benchmarks/RESULTS.md).
+(ADC-GAN, Hou et al. 2022); with the paper's n, pictures of a class become alike. Average and rates
+are dcgan.py's; the penalty is heavier, and covers the class. MNIST takes 344 s on one core of an AMD
+EPYC, to FID 1.0 by a small classifier, which sees 99 % as asked for (benchmarks/RESULTS.md).
 """
 
 import argparse
@@ -52,26 +52,26 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-METHOD = "acgan"  # in checkpoints, and so not the file's name: rename it if you change the nets
+METHOD = "acgan"  # its name in checkpoints: give another one to a method of your own
 
 # ------------------------------------------------------------------------------------------- flags
 
-RECIPES = {  # defaults, also of flags that stand below the line; "paper" is put on top of "default"
+RECIPES = {  # defaults of these flags and of those of the plumbing; "paper" overrides "default"
     "default": "--ngf 64 --ndf 32 --batch_size 32 --lr_g 2e-3 --lr_d 1e-3 --lr_decay linear"
                " --gp_weight 0.9 --ema 0.999 --aux adc",
-    # Appendix A: widths, rates and dropout of the nets for CIFAR-10.
+    # Appendix A: rates and dropout for CIFAR-10; the widths are near to those of its nets.
     "paper": "--ngf 96 --ndf 64 --batch_size 100 --lr_g 2e-4 --lr_d 2e-4 --lr_decay none"
              " --gp_weight 0 --ema 0 --aux acgan --dropout 0.5",
 }
 
 def add_method_flags(group):
-    flag = group.add_argument  # no default: in RECIPES. positive, weight, ...: ranges
+    flag = group.add_argument  # without default= it is in RECIPES; positive, weight, ...: ranges
     flag("--img_size", type=int, choices=(16, 32, 64, 128, 256), default=64, help="height and width")
     flag("--nz", type=positive, default=100, help="size of the latent vector")
     flag("--ngf", type=positive, help="channels of netG's last hidden layer")
     flag("--ndf", type=positive, help="channels of netD's first layer")
     flag("--dropout", type=below_1, default=0.0, help="dropout probability in netD")
-    flag("--aux", choices=("adc", "acgan"), help="adc: class n + k is a fake of k")
+    flag("--aux", choices=("adc", "acgan"), help="acgan: n classes; adc: 2n")
     flag("--aux_g", type=weight, default=1.0, help="weight of the class loss in netG's loss")
     flag("--real_label", type=fraction, default=1.0, help="target for real (0.9: smoothed)")
     flag("--fake_label", type=fraction, default=0.0, help="target for fake (0.1: smoothed)")
@@ -105,7 +105,7 @@ class Generator(nn.Module):
         self.main = nn.Sequential(*layers)
 
     def forward(self, z, labels):
-        z = z.flatten(1) * self.label_emb(labels)  # the paper appends the class to z
+        z = z.flatten(1) * self.label_emb(labels)  # the paper appends the class; so z stays nz wide
         if z.is_cuda:  # the same, strided as channels_last: else --compile fails (pytorch#171622)
             return self.main(z[:, None, None].permute(0, 3, 1, 2))
         return self.main(z[:, :, None, None])
@@ -134,7 +134,7 @@ class Discriminator(nn.Module):
         return self.adv(x).flatten(), self.aux(x).flatten(1)
 
 def weights_init(net):
-    """N(0, 0.02), BatchNorm scales N(1, 0.02): section 4 of DCGAN's paper."""
+    """N(0, 0.02), BatchNorm scales N(1, 0.02): section 4 of DCGAN's paper. label_emb: N(0, 1)."""
     for m in net.modules():
         if isinstance(m, nn.BatchNorm2d):
             nn.init.normal_(m.weight, 1.0, 0.02)
@@ -147,7 +147,7 @@ def weights_init(net):
                 nn.init.normal_(w, 0.0, 0.02)
 
 def config_of(state):
-    """Generator's arguments, from the shapes in a state dict of another program, a tutorial's say."""
+    """Generator's arguments, guessed from the shapes in somebody's state dict: for --sample."""
     convs = [w for name, w in state.items() if name.startswith("main.") and w.ndim == 4]
     nz = convs[0].shape[0]  # a ConvTranspose2d's weight is (in, out, 4, 4)
     ngf, nc = convs[-1].shape[:2]
@@ -169,9 +169,9 @@ def g_loss(fake_logits):
     return F.binary_cross_entropy_with_logits(fake_logits, torch.ones_like(fake_logits))
 
 def g_class_loss(class_logits, labels, fake_offset):
-    """-log P(class) of fakes: minus L_C of the paper, of which it is the part that depends on netG.
+    """-log P(k) of fakes of class k: of minus the paper's L_C the part that depends on netG.
 
-    adc: less -log P(class among fakes), so that the logit of k minus that of n + k is left.
+    adc: minus -log P(n + k), too. What both divide by cancels: logit n + k minus logit k is left.
     """
     loss = F.cross_entropy(class_logits, labels)
     if fake_offset:
@@ -179,7 +179,7 @@ def g_class_loss(class_logits, labels, fake_offset):
     return loss
 
 def accuracy(class_logits, labels, n):
-    """acc_real and acc_fake of the log, for each image: is the class right? n + k counts as k."""
+    """acc_real and acc_fake of the log: is the class right, as a real (k) or a fake one (n + k)?"""
     return class_logits.argmax(1) % n == labels
 
 def gradient_penalty(netD, real, labels, fake_offset):
@@ -188,7 +188,7 @@ def gradient_penalty(netD, real, labels, fake_offset):
     The score is the first head's logit; adc: plus the logit of the class minus that of its fakes.
     """
     x = real.detach().requires_grad_()
-    logits, class_logits = netD.forward(x)  # netD(x) may be compiled: no second derivative
+    logits, class_logits = netD.forward(x)  # skips torch.compile, as in dcgan.py
     score = logits.sum()
     if fake_offset:  # len(x): the loss is a mean over images, the score is a sum
         score = score - len(x) * g_class_loss(class_logits, labels, fake_offset)
@@ -199,6 +199,7 @@ def gradient_penalty(netD, real, labels, fake_offset):
 # ---------------------------------------------------------------------------------------- training
 
 def train(args):
+    # run: .device, .classes, .done (from 0 to 1), .epoch, .autocast, .parallel, .log, .steps
     run = Run(args, labelled=True)
     n = len(run.classes)
     fake_offset = n if args.aux == "adc" else 0  # netD learns to see fakes as label + fake_offset
@@ -208,19 +209,19 @@ def train(args):
         weights_init(net)
         net.to(run.device, memory_format=run.memory_format)
 
-    # What is sampled: the average of netG's weights. Its BatchNorm statistics are no average: they are
-    # measured, for these weights, before each save (measure_batchnorm, below).
+    # What is sampled: the average of netG's weights. Its BatchNorm statistics are not averaged but
+    # measured anew before each save (measure_batchnorm, below).
     netG_ema = copy.deepcopy(netG).eval().requires_grad_(False)
     betas = (args.beta1, args.beta2)
     optG = torch.optim.Adam(netG.parameters(), args.lr_g, betas, fused=True)
     optD = torch.optim.Adam(netD.parameters(), args.lr_d, betas, fused=True)
 
-    # DistributedDataParallel under torchrun, else netG and netD themselves. --compile changes these.
+    # DistributedDataParallel under torchrun, else netG and netD. --compile compiles these in place.
     ddpG = run.parallel(netG)
     ddpD = run.parallel(netD)
 
-    # run.steps yields (step, images, labels). With --resume it first restores what it is given. After a
-    # pass it logs, saves and draws if that is due. Ctrl-C or SIGTERM ends the loop.
+    # run.steps yields (step, images, labels). With --resume it first restores what is given here.
+    # After each pass, and after a `continue`, it logs, saves and draws if that is due.
     for step, real, labels in run.steps(netG=netG, netD=netD, netG_ema=netG_ema, optG=optG, optD=optD):
         factor = 1
         if args.lr_decay == "linear":  # to 0, from the middle of the run on
@@ -229,11 +230,11 @@ def train(args):
         optD.param_groups[0]["lr"] = factor * args.lr_d
         g_step = step >= args.pretrain_d and (step + 1) % args.d_steps == 0
 
-        # D step: tell real from fake, and the class, in two passes: BatchNorm must not mix them. Fakes
-        # are of the classes of the real images.
+        # D step: tell real from fake, and the class, in two passes: BatchNorm must not mix them.
+        # Fakes are of the classes of the real images.
         z = torch.randn(len(real), args.nz, device=run.device)
         with run.autocast():
-            with torch.set_grad_enabled(g_step):  # no graph where netG does not step
+            with torch.set_grad_enabled(g_step):  # the graph is for the G step
                 fake = ddpG(z, labels)
             real_logits, real_class = ddpD(real)
             fake_logits, fake_class = ddpD(fake.detach())
@@ -247,7 +248,7 @@ def train(args):
         acc_fake = accuracy(fake_class, labels, n)
         run.log({"acc_real": acc_real, "acc_fake": acc_fake})
         loss_d = loss_d + class_loss
-        if args.gp_weight > 0 and step % args.gp_every == 0:  # StyleGAN2, appendix B: enough
+        if args.gp_weight > 0 and step % args.gp_every == 0:  # enough: StyleGAN2, appendix B
             penalty = gradient_penalty(netD, real, labels, fake_offset)
             loss_d = loss_d + args.gp_every * args.gp_weight * penalty
         optD.zero_grad()
@@ -256,8 +257,8 @@ def train(args):
         if not g_step:
             continue
 
-        # G step: make the same fakes pass for real, and be seen as their class. netD is frozen: no
-        # gradients of its weights are needed. And it is netD, not ddpD, which would wait for them.
+        # G step: make the same fakes pass for real, and be seen as their class. netD is frozen: the
+        # gradient goes through it to netG. And not ddpD, which would wait for those of netD's weights.
         netD.requires_grad_(False)
         with run.autocast():
             fake_logits, fake_class = netD(fake)
@@ -269,7 +270,7 @@ def train(args):
         optG.step()
         netD.requires_grad_(True)
 
-        decay = min(args.ema, (1 + step) / (10 + step))  # quick at first; --ema 0: a copy
+        decay = min(args.ema, (1 + step) / (10 + step))  # quick at first; 0: a copy
         with torch.no_grad():
             for average, w in zip(netG_ema.parameters(), netG.parameters()):
                 average.lerp_(w, 1 - decay)
@@ -456,6 +457,8 @@ def atomic_write(path):
 def find_images(args):
     """--dataset -> (names, open_image(i), labels, classes, stamp).
     labels: int64 (N), -1 without a class. stamp: a text that changes with any image."""
+    if not args.dataset:
+        raise UserError("--dataset: its value is empty")
     path = Path(args.dataset)
     if args.dataset in DATASETS and path.is_dir():
         say(f"--dataset {path} is the data set of that name; for the folder, write ./{path}")
@@ -546,6 +549,8 @@ def open_files(path):
         stamps = {name: info.CRC for name, info in entries.items() if not info.is_dir()}
         stamp = ""
         open_name = lambda name: Image.open(archive.open(entries[name]))
+    elif path.is_file():
+        raise UserError(f"--dataset {path}: neither a folder nor a .zip, or an incomplete one")
     else:
         stamps = list_folder(path)
         stamp = str(path.resolve())
@@ -559,54 +564,70 @@ def open_files(path):
 
 def choose_images(names):
     """The names that are of images, sorted. Says what others there are."""
-    hidden = re.compile(r"(^|/)(\.|__MACOSX/)")
-    visible = [name for name in sorted(names) if not hidden.search(name)]
-    known = tuple(Image.registered_extensions())
-    images = [name for name in visible if name.lower().endswith(known)]
-    others = Counter()
-    for name in visible:
-        if not name.lower().endswith(known):
-            others[PurePosixPath(name).suffix.lower()] += 1
+    images, others = [], Counter()
+    for name in sorted(names):
+        suffix = PurePosixPath(name).suffix.lower()
+        hidden = re.search(r"(^|/)(\.|__MACOSX/)", name)
+        if suffix in Image.registered_extensions() and not hidden:
+            images.append(name)
+        elif not hidden:
+            others[suffix or "without a suffix"] += 1
+        elif suffix in Image.registered_extensions() and "__MACOSX" not in name:
+            others["hidden images"] += 1
     if others:
-        text = ", ".join(f"{n} {suffix or 'without a suffix'}" for suffix, n in others.items())
+        text = ", ".join(f"{n} {what}" for what, n in others.items())
         way_out = "; save .heic as .jpg" if ".heic" in others else ""
-        say(f"left out files without the name of an image: {text}{way_out}")
+        say(f"left out {text}{way_out}")
     return images
 
 def find_classes(names):
-    """Labels and classes, by the first folder below what all names share: x/cat/1, x/dog/2."""
+    """Labels and classes, by the first folders of which there are several: x/cat/1, x/dog/2. Or -1 and none."""
     folders = [name.split("/")[:-1] for name in names]
-    depth = len(os.path.commonprefix(folders))  # of lists: how many folders all begin with
-    kinds = [folder[depth] if len(folder) > depth else None for folder in folders]
-    classes = sorted(set(kinds) - {None})
-    number_of = {name: k for k, name in enumerate(classes)} | {None: -1}
-    return np.array([number_of[kind] for kind in kinds]), classes
+    for depth in range(max(map(len, folders))):
+        kinds = [folder[depth] if len(folder) > depth else None for folder in folders]
+        classes = sorted(set(kinds) - {None})
+        if len(classes) > 1:
+            number_of = {name: k for k, name in enumerate(classes)} | {None: -1}
+            return np.array([number_of[kind] for kind in kinds]), classes
+    return np.full(len(names), -1), []
 
 def is_deep(img):
     """Whether an image has 16 or 32 bits or floats: Pillow's modes I;16, I and F."""
     return img.mode[0] in "IF"
 
-def find_white(open_image, chosen):
-    """What is white in deep images, 2**bits - 1: so many bits as a hundred of them hold."""
-    white = 1
-    for i in chosen[::len(chosen) // 100 + 1]:
+def find_limits(open_image, chosen):
+    """(black, white) of deep images: what all of them hold. None if there are none among a hundred images."""
+    lows, highs = [0.0], [0.0]
+
+    def look(i):
         with contextlib.suppress(Exception):  # damaged ones are named later
             img = open_image(i)
             if is_deep(img):
-                bits = math.ceil(math.log2(float(np.nanmax(img)) + 1))
-                white = max(white, 2**bits - 1)
-    if white > 1:
-        say(f"in images of more than 8 bits {white} is taken for white")
-    return white
+                values = np.asarray(img)
+                values = values[np.isfinite(values)]
+                lows.append(float(values.min()))
+                highs.append(float(values.max()))
 
-def to_pixels(img, size, nc, white):
+    with ThreadPool() as pool:
+        pool.map(look, chosen[::len(chosen) // 100 + 1])
+        if len(lows) == 1:
+            return None
+        pool.map(look, chosen)
+    low, high = min(lows), max(highs)
+    if low == 0:  # up to a number of bits, or to 1; resizing may have gone beyond it a little
+        high = next((top for top in (1, 255, 1023, 4095, 16383, 65535) if high <= 1.05 * top), high)
+    say(f"in images of more than 8 bits {low:g} is taken for black, {high:g} for white")
+    return low, high
+
+def to_pixels(img, size, nc, limits):
     """PIL image of any kind -> bytes of size x size x nc: short side resized, centre cropped."""
     mode = "L" if nc == 1 else "RGB"
     img.draft(mode, (2 * size, 2 * size))  # JPEG: decode at reduced size
     img = ImageOps.exif_transpose(img)
     if is_deep(img):
-        pixels = np.asarray(img).astype(np.float64) / white * 255
-        img = Image.fromarray(pixels.round().clip(0, 255).astype(np.uint8))
+        black, white = limits
+        pixels = (np.asarray(img).astype(np.float64) - black) / (white - black) * 255
+        img = Image.fromarray(np.nan_to_num(pixels).round().clip(0, 255).astype(np.uint8))
     if img.has_transparency_data:
         img = Image.alpha_composite(Image.new("RGBA", img.size, "white"), img.convert("RGBA"))
     return ImageOps.fit(img.convert(mode), (size, size), Image.Resampling.BICUBIC).tobytes()
@@ -629,7 +650,7 @@ def load_data(args, labelled=False):
     for code in (draw_digit.__code__, to_pixels.__code__):  # an edit of these makes another cache
         made_of += [code.co_code, code.co_consts, code.co_names]
     key = hashlib.sha256(repr(made_of).encode(errors="surrogatepass")).hexdigest()[:16]
-    cache = cache_folder(args) / f"{Path(args.dataset).resolve().stem}-{size}x{nc}-{key}.rows"
+    cache = cache_file(args, f"{Path(args.dataset).resolve().stem}-{size}x{nc}-{key}.rows")
     if not cache.exists():
         decode(args, names, open_image, chosen, cache)
     row = np.dtype([("index", np.int64), ("pixels", np.uint8, (size, size, nc))])  # as decode writes
@@ -638,25 +659,31 @@ def load_data(args, labelled=False):
     if unreadable:
         some = ", ".join(unreadable[:5])
         say(f"left out {len(unreadable)} images that cannot be read: {some}")
-    if rows["pixels"][:100].max() < 32:
-        say("warning: these images are nearly black; their values should be 0 to 255")
+    brightest = rows["pixels"][:100].max()
+    if brightest < 64:
+        say(f"warning: these images are dark: no value of the first 100 is above {brightest} of 255")
     return rows["pixels"], labels[rows["index"]], classes
 
-def cache_folder(args):
-    """Below --data_dir; or, where that may only be read, in the user's own folder."""
-    data = Path(args.data_dir)
-    if data.exists() and not os.access(data, os.W_OK):
-        data = Path.home() / ".cache" / "gan"
-    return data / "cache"
+def cache_file(args, name):
+    """Where a cache is, or can be written: below --data_dir, or else in the user's own folder."""
+    places = [Path(args.data_dir, "cache", name), Path.home() / ".cache" / "gan" / name]
+    for place in places:
+        if place.exists():
+            return place
+    for place in places:
+        there = next(parent for parent in place.parents if parent.exists())
+        if os.access(there, os.W_OK):
+            return place
+    raise UserError(f"--data_dir {args.data_dir}: it may not be written to, nor may {places[1].parent}")
 
 def decode(args, names, open_image, chosen, cache):
     """Writes the cache: for each image that can be read a row, its index and its pixels."""
-    white = find_white(open_image, chosen)
+    limits = find_limits(open_image, chosen) or (0, 65535)
     failed = []
 
     def row(i):
         try:
-            pixels = to_pixels(open_image(i), args.img_size, args.nc, white)
+            pixels = to_pixels(open_image(i), args.img_size, args.nc, limits)
             return i.tobytes() + pixels  # i is an np.int64
         except Exception as e:  # noqa: BLE001  damaged files make Pillow raise nearly anything
             failed.append(f"{names[i]}: {e}")
@@ -778,11 +805,10 @@ def newest_stopped_run():
     for path in glob.glob(f"runs/{SCRIPT}-*/checkpoint.pt"):
         try:
             ckpt = load_checkpoint(path)
-        except UserError as e:
-            say(f"left out {e}")
-            continue
-        if ckpt["step"] < ckpt["total"]:
-            stopped.append((ckpt["time"], path))
+            if ckpt["step"] < ckpt["total"]:
+                stopped.append((ckpt["time"], path))
+        except (KeyError, UserError) as e:
+            say(f"left out {path}, damaged or of an older {SCRIPT}.py: {e}")
     if not stopped:
         raise UserError(f"--resume: no run in runs/{SCRIPT}-* has steps left; give one, and --max_steps")
     return max(stopped)[1]
@@ -795,7 +821,8 @@ def load_checkpoint(path, methods=(METHOD,)):
             ckpt = torch.load(f, map_location="cpu", weights_only=True)  # which runs no code
             wrote = ckpt.get("script")
         except Exception as e:  # damaged files make torch raise nearly anything
-            raise UserError(f"{path}: damaged, or no dict of tensors as net.state_dict() is") from e
+            said = "damaged, or more than a dict of tensors, as net.state_dict() is"
+            raise UserError(f"{path}: {said}") from e
     if wrote not in methods:
         raise UserError(f"{path}: its METHOD is {wrote}, that of {SCRIPT}.py is {METHOD}")
     return ckpt
@@ -814,8 +841,9 @@ def load_generator(path):
 
 def find_generator(ckpt, path):
     """The first state dict in somebody's checkpoint that fits Generator, whatever it is called."""
-    dicts = [value for value in ckpt.values() if isinstance(value, dict)]
-    for state in [*dicts, ckpt]:
+    dicts = [ckpt]
+    for state in dicts:
+        dicts += [value for value in state.values() if isinstance(value, dict)]  # which come later
         names = [name for name in state if isinstance(name, str)]
         prefixes = {name.partition("main.0.")[0] for name in names if "main.0." in name}
         for prefix in sorted(prefixes):  # "", "module.", "netG.", ...
@@ -889,14 +917,14 @@ class Run:
 
     def start_processes(self):
         """torchrun says which process of how many this is; on GPUs each has its own."""
-        self.rank = self.local_rank = 0
-        self.world = int(os.environ.get("WORLD_SIZE", "1"))
-        if self.world == 1:
+        self.rank, self.local_rank, self.world = 0, 0, 1
+        if os.environ.get("WORLD_SIZE", "1") == "1":
             self.device = pick_device(self.args.device)
             return
-        if "MASTER_ADDR" not in os.environ:
-            raise UserError("WORLD_SIZE is set, but not MASTER_ADDR: start by torchrun, or unset it")
-        self.rank, self.local_rank = int(os.environ["RANK"]), int(os.environ["LOCAL_RANK"])
+        numbers = [os.environ.get(name, "") for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_PORT")]
+        if "MASTER_ADDR" not in os.environ or not all(map(str.isdecimal, numbers)):
+            raise UserError("WORLD_SIZE is set, but not all that torchrun sets: use it, or unset WORLD_SIZE")
+        self.rank, self.local_rank, self.world, _ = map(int, numbers)
         name = self.args.device
         if name == "auto":
             name = "cuda" if torch.cuda.is_available() else "cpu"  # gloo cannot exchange on MPS
@@ -1110,8 +1138,9 @@ class Run:
         if g_steps != self.total:
             length = f"{self.total} netD steps, {g_steps} netG steps"
         images = f"{len(self.images)} images {args.img_size}x{args.img_size}x{args.nc}"
-        print(f"{images}, {len(self.classes)} classes; {self.world} x {self.device}; "
-              f"{length} -> {self.out_dir}", flush=True)
+        names = ", ".join(self.classes[:10]) + ", ..." * (len(self.classes) > 10)
+        print(f"{images}; {len(self.classes)} classes: {names or 'none'}")
+        print(f"{self.world} x {self.device}; {length} -> {self.out_dir}", flush=True)
         if args.tensorboard:
             from torch.utils.tensorboard import SummaryWriter
             self.writer = SummaryWriter(self.out_dir)

@@ -11,8 +11,7 @@ netG's, netG learns to make pictures that netD takes for real.
     torchrun --nproc_per_node 2 gan.py        # one process for each GPU
 
 The default is not the paper's: it has a gradient penalty (R1), an average of netG's weights, and
-learning rates that fall to 0. Both recipes have Adam, and BatchNorm in netG. Without all these netG
-soon makes only a few pictures.
+learning rates that fall to 0. Adam, and BatchNorm in netG, are in both recipes: the paper had neither.
 """
 
 import argparse
@@ -51,20 +50,20 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-METHOD = "gan"  # in checkpoints, and so not the file's name: rename it if you change the nets
+METHOD = "gan"  # its name in checkpoints: give another one to a method of your own
 
 # ------------------------------------------------------------------------------------------- flags
 
-RECIPES = {  # defaults, also of flags that stand below the line; "paper" is put on top of "default"
+RECIPES = {  # defaults of these flags and of those of the plumbing; "paper" overrides "default"
     "default": "--ngf 64 --ndf 64 --batch_size 128 --lr_g 1e-3 --lr_d 5e-4 --lr_decay linear"
                " --gp_weight 5 --ema 0.999 --max_steps 15000",
-    # Dropout: section 5. Batch: the authors' code, which has SGD with momentum; rates are DCGAN's.
+    # Dropout: the paper, section 5. Batch size: the authors' code. Learning rates: DCGAN's.
     "paper": "--dropout 0.5 --batch_size 100 --lr_g 2e-4 --lr_d 2e-4 --lr_decay none"
              " --gp_weight 0 --ema 0",
 }
 
 def add_method_flags(group):
-    flag = group.add_argument  # no default: in RECIPES. positive, weight, ...: ranges
+    flag = group.add_argument  # without default= it is in RECIPES; positive, weight, ...: ranges
     flag("--img_size", type=positive, default=32, help="height and width")
     flag("--nz", type=positive, default=100, help="size of the latent vector")
     flag("--ngf", type=positive, help="width of netG: hidden layers of 4 and 8 times this")
@@ -97,7 +96,7 @@ class Generator(nn.Module):
         )
 
     def forward(self, z, labels=None):  # labels: for conditional methods, not used here
-        return self.main(z.flatten(1))
+        return self.main(z.flatten(1))  # (N, nz, 1, 1) will do, too
 
 class Discriminator(nn.Module):
     """(N, nc, img_size, img_size) images in [-1, 1] -> (N) logits: real if positive."""
@@ -121,11 +120,11 @@ def weights_init(net):
     """He's normal for weights, 0 for biases. With DCGAN's N(0, 0.02) these nets collapse."""
     for m in net.modules():
         if isinstance(m, nn.Linear):
-            nn.init.kaiming_normal_(m.weight, a=0.2)  # the slope of LeakyReLU
+            nn.init.kaiming_normal_(m.weight, a=0.2)  # LeakyReLU's slope; for netG, too
             nn.init.zeros_(m.bias)
 
 def config_of(state):
-    """Generator's arguments, from the shapes in a state dict of another program, a tutorial's say."""
+    """Generator's arguments, guessed from the shapes in somebody's state dict: for --sample."""
     first, *_, last = [w for name, w in state.items() if name.startswith("main.") and w.ndim == 2]
     width, nz = first.shape
     outputs = len(last)
@@ -145,16 +144,18 @@ def g_loss(fake_logits):
     return F.binary_cross_entropy_with_logits(fake_logits, torch.ones_like(fake_logits))
 
 def gradient_penalty(netD, real):
-    """R1: half the squared norm of d logit / d image at real images (Mescheder et al. 2018, 9)."""
+    """R1, Mescheder et al. 2018, eq. 9: half the squared norm of d logit / d image, at real images."""
     x = real.detach().requires_grad_()
-    logits = netD.forward(x)  # netD(x) may be compiled: no second derivative
-    (grad,) = torch.autograd.grad(logits, x, torch.ones_like(logits), create_graph=True)
+    logits = netD.forward(x)  # .forward skips torch.compile, which cannot differentiate twice
+    ones = torch.ones_like(logits)  # the gradient of their sum: each image gets its own
+    (grad,) = torch.autograd.grad(logits, x, ones, create_graph=True)
     squared = grad.square().sum((1, 2, 3))
     return squared.mean() / 2 / x.shape[1]  # by nc, so that one weight suits both grey and RGB
 
 # ---------------------------------------------------------------------------------------- training
 
 def train(args):
+    # run: .device, .classes, .done (from 0 to 1), .epoch, .autocast, .parallel, .log, .steps
     run = Run(args)
     netG = Generator(args.nz, args.ngf, args.nc, args.img_size)
     netD = Discriminator(args.nc, args.ndf, args.img_size, args.dropout)
@@ -162,19 +163,19 @@ def train(args):
         weights_init(net)
         net.to(run.device)
 
-    # What is sampled: the average of netG's weights. Its BatchNorm statistics are no average: they are
-    # measured, for these weights, before each save (measure_batchnorm, below).
+    # What is sampled: the average of netG's weights. Its BatchNorm statistics are not averaged but
+    # measured anew before each save (measure_batchnorm, below).
     netG_ema = copy.deepcopy(netG).eval().requires_grad_(False)
     betas = (args.beta1, args.beta2)
     optG = torch.optim.Adam(netG.parameters(), args.lr_g, betas, fused=True)
     optD = torch.optim.Adam(netD.parameters(), args.lr_d, betas, fused=True)
 
-    # DistributedDataParallel under torchrun, else netG and netD themselves. --compile changes these.
+    # DistributedDataParallel under torchrun, else netG and netD. --compile compiles these in place.
     ddpG = run.parallel(netG)
     ddpD = run.parallel(netD)
 
-    # run.steps yields (step, images, labels). With --resume it first restores what it is given. After a
-    # pass it logs, saves and draws if that is due. Ctrl-C or SIGTERM ends the loop.
+    # run.steps yields (step, images, labels). With --resume it first restores what is given here.
+    # After each pass, and after a `continue`, it logs, saves and draws if that is due.
     for step, real, _ in run.steps(netG=netG, netD=netD, netG_ema=netG_ema, optG=optG, optD=optD):
         factor = 1
         if args.lr_decay == "linear":  # to 0, from the middle of the run on
@@ -186,13 +187,13 @@ def train(args):
         # D step: tell real from fake, in one pass, for there is no BatchNorm in netD.
         z = torch.randn(len(real), args.nz, device=run.device)
         with run.autocast():
-            with torch.set_grad_enabled(g_step):  # no graph where netG does not step
+            with torch.set_grad_enabled(g_step):  # the graph is for the G step
                 fake = ddpG(z)
-            logits = ddpD(torch.cat((real, fake.detach()))).float()
+            logits = ddpD(torch.cat((real, fake.detach()))).float()  # losses are in fp32
         real_logits, fake_logits = logits.chunk(2)
         loss_d = d_loss(real_logits, fake_logits)
         run.log({"loss_d": loss_d, "D(x)": real_logits.sigmoid(), "D(G(z))": fake_logits.sigmoid()})
-        if args.gp_weight > 0 and step % args.gp_every == 0:  # StyleGAN2, appendix B: enough
+        if args.gp_weight > 0 and step % args.gp_every == 0:  # enough: StyleGAN2, appendix B
             loss_d = loss_d + args.gp_every * args.gp_weight * gradient_penalty(netD, real)
         optD.zero_grad()
         loss_d.backward()
@@ -200,8 +201,8 @@ def train(args):
         if not g_step:
             continue
 
-        # G step: make the same fakes pass for real. netD is frozen: no gradients of its weights are
-        # needed. And it is netD, not ddpD, which would wait for them, to average them.
+        # G step: make the same fakes pass for real. netD is frozen: the gradient goes through it to
+        # netG. And it is netD, not ddpD, which would wait for gradients of netD's weights.
         netD.requires_grad_(False)
         with run.autocast():
             fake_logits = netD(fake).float()
@@ -212,7 +213,7 @@ def train(args):
         optG.step()
         netD.requires_grad_(True)
 
-        decay = min(args.ema, (1 + step) / (10 + step))  # quick at first; --ema 0: a copy
+        decay = min(args.ema, (1 + step) / (10 + step))  # quick at first; 0: a copy
         with torch.no_grad():
             for average, w in zip(netG_ema.parameters(), netG.parameters()):
                 average.lerp_(w, 1 - decay)
@@ -399,6 +400,8 @@ def atomic_write(path):
 def find_images(args):
     """--dataset -> (names, open_image(i), labels, classes, stamp).
     labels: int64 (N), -1 without a class. stamp: a text that changes with any image."""
+    if not args.dataset:
+        raise UserError("--dataset: its value is empty")
     path = Path(args.dataset)
     if args.dataset in DATASETS and path.is_dir():
         say(f"--dataset {path} is the data set of that name; for the folder, write ./{path}")
@@ -489,6 +492,8 @@ def open_files(path):
         stamps = {name: info.CRC for name, info in entries.items() if not info.is_dir()}
         stamp = ""
         open_name = lambda name: Image.open(archive.open(entries[name]))
+    elif path.is_file():
+        raise UserError(f"--dataset {path}: neither a folder nor a .zip, or an incomplete one")
     else:
         stamps = list_folder(path)
         stamp = str(path.resolve())
@@ -502,54 +507,70 @@ def open_files(path):
 
 def choose_images(names):
     """The names that are of images, sorted. Says what others there are."""
-    hidden = re.compile(r"(^|/)(\.|__MACOSX/)")
-    visible = [name for name in sorted(names) if not hidden.search(name)]
-    known = tuple(Image.registered_extensions())
-    images = [name for name in visible if name.lower().endswith(known)]
-    others = Counter()
-    for name in visible:
-        if not name.lower().endswith(known):
-            others[PurePosixPath(name).suffix.lower()] += 1
+    images, others = [], Counter()
+    for name in sorted(names):
+        suffix = PurePosixPath(name).suffix.lower()
+        hidden = re.search(r"(^|/)(\.|__MACOSX/)", name)
+        if suffix in Image.registered_extensions() and not hidden:
+            images.append(name)
+        elif not hidden:
+            others[suffix or "without a suffix"] += 1
+        elif suffix in Image.registered_extensions() and "__MACOSX" not in name:
+            others["hidden images"] += 1
     if others:
-        text = ", ".join(f"{n} {suffix or 'without a suffix'}" for suffix, n in others.items())
+        text = ", ".join(f"{n} {what}" for what, n in others.items())
         way_out = "; save .heic as .jpg" if ".heic" in others else ""
-        say(f"left out files without the name of an image: {text}{way_out}")
+        say(f"left out {text}{way_out}")
     return images
 
 def find_classes(names):
-    """Labels and classes, by the first folder below what all names share: x/cat/1, x/dog/2."""
+    """Labels and classes, by the first folders of which there are several: x/cat/1, x/dog/2. Or -1 and none."""
     folders = [name.split("/")[:-1] for name in names]
-    depth = len(os.path.commonprefix(folders))  # of lists: how many folders all begin with
-    kinds = [folder[depth] if len(folder) > depth else None for folder in folders]
-    classes = sorted(set(kinds) - {None})
-    number_of = {name: k for k, name in enumerate(classes)} | {None: -1}
-    return np.array([number_of[kind] for kind in kinds]), classes
+    for depth in range(max(map(len, folders))):
+        kinds = [folder[depth] if len(folder) > depth else None for folder in folders]
+        classes = sorted(set(kinds) - {None})
+        if len(classes) > 1:
+            number_of = {name: k for k, name in enumerate(classes)} | {None: -1}
+            return np.array([number_of[kind] for kind in kinds]), classes
+    return np.full(len(names), -1), []
 
 def is_deep(img):
     """Whether an image has 16 or 32 bits or floats: Pillow's modes I;16, I and F."""
     return img.mode[0] in "IF"
 
-def find_white(open_image, chosen):
-    """What is white in deep images, 2**bits - 1: so many bits as a hundred of them hold."""
-    white = 1
-    for i in chosen[::len(chosen) // 100 + 1]:
+def find_limits(open_image, chosen):
+    """(black, white) of deep images: what all of them hold. None if there are none among a hundred images."""
+    lows, highs = [0.0], [0.0]
+
+    def look(i):
         with contextlib.suppress(Exception):  # damaged ones are named later
             img = open_image(i)
             if is_deep(img):
-                bits = math.ceil(math.log2(float(np.nanmax(img)) + 1))
-                white = max(white, 2**bits - 1)
-    if white > 1:
-        say(f"in images of more than 8 bits {white} is taken for white")
-    return white
+                values = np.asarray(img)
+                values = values[np.isfinite(values)]
+                lows.append(float(values.min()))
+                highs.append(float(values.max()))
 
-def to_pixels(img, size, nc, white):
+    with ThreadPool() as pool:
+        pool.map(look, chosen[::len(chosen) // 100 + 1])
+        if len(lows) == 1:
+            return None
+        pool.map(look, chosen)
+    low, high = min(lows), max(highs)
+    if low == 0:  # up to a number of bits, or to 1; resizing may have gone beyond it a little
+        high = next((top for top in (1, 255, 1023, 4095, 16383, 65535) if high <= 1.05 * top), high)
+    say(f"in images of more than 8 bits {low:g} is taken for black, {high:g} for white")
+    return low, high
+
+def to_pixels(img, size, nc, limits):
     """PIL image of any kind -> bytes of size x size x nc: short side resized, centre cropped."""
     mode = "L" if nc == 1 else "RGB"
     img.draft(mode, (2 * size, 2 * size))  # JPEG: decode at reduced size
     img = ImageOps.exif_transpose(img)
     if is_deep(img):
-        pixels = np.asarray(img).astype(np.float64) / white * 255
-        img = Image.fromarray(pixels.round().clip(0, 255).astype(np.uint8))
+        black, white = limits
+        pixels = (np.asarray(img).astype(np.float64) - black) / (white - black) * 255
+        img = Image.fromarray(np.nan_to_num(pixels).round().clip(0, 255).astype(np.uint8))
     if img.has_transparency_data:
         img = Image.alpha_composite(Image.new("RGBA", img.size, "white"), img.convert("RGBA"))
     return ImageOps.fit(img.convert(mode), (size, size), Image.Resampling.BICUBIC).tobytes()
@@ -572,7 +593,7 @@ def load_data(args, labelled=False):
     for code in (draw_digit.__code__, to_pixels.__code__):  # an edit of these makes another cache
         made_of += [code.co_code, code.co_consts, code.co_names]
     key = hashlib.sha256(repr(made_of).encode(errors="surrogatepass")).hexdigest()[:16]
-    cache = cache_folder(args) / f"{Path(args.dataset).resolve().stem}-{size}x{nc}-{key}.rows"
+    cache = cache_file(args, f"{Path(args.dataset).resolve().stem}-{size}x{nc}-{key}.rows")
     if not cache.exists():
         decode(args, names, open_image, chosen, cache)
     row = np.dtype([("index", np.int64), ("pixels", np.uint8, (size, size, nc))])  # as decode writes
@@ -581,25 +602,31 @@ def load_data(args, labelled=False):
     if unreadable:
         some = ", ".join(unreadable[:5])
         say(f"left out {len(unreadable)} images that cannot be read: {some}")
-    if rows["pixels"][:100].max() < 32:
-        say("warning: these images are nearly black; their values should be 0 to 255")
+    brightest = rows["pixels"][:100].max()
+    if brightest < 64:
+        say(f"warning: these images are dark: no value of the first 100 is above {brightest} of 255")
     return rows["pixels"], labels[rows["index"]], classes
 
-def cache_folder(args):
-    """Below --data_dir; or, where that may only be read, in the user's own folder."""
-    data = Path(args.data_dir)
-    if data.exists() and not os.access(data, os.W_OK):
-        data = Path.home() / ".cache" / "gan"
-    return data / "cache"
+def cache_file(args, name):
+    """Where a cache is, or can be written: below --data_dir, or else in the user's own folder."""
+    places = [Path(args.data_dir, "cache", name), Path.home() / ".cache" / "gan" / name]
+    for place in places:
+        if place.exists():
+            return place
+    for place in places:
+        there = next(parent for parent in place.parents if parent.exists())
+        if os.access(there, os.W_OK):
+            return place
+    raise UserError(f"--data_dir {args.data_dir}: it may not be written to, nor may {places[1].parent}")
 
 def decode(args, names, open_image, chosen, cache):
     """Writes the cache: for each image that can be read a row, its index and its pixels."""
-    white = find_white(open_image, chosen)
+    limits = find_limits(open_image, chosen) or (0, 65535)
     failed = []
 
     def row(i):
         try:
-            pixels = to_pixels(open_image(i), args.img_size, args.nc, white)
+            pixels = to_pixels(open_image(i), args.img_size, args.nc, limits)
             return i.tobytes() + pixels  # i is an np.int64
         except Exception as e:  # noqa: BLE001  damaged files make Pillow raise nearly anything
             failed.append(f"{names[i]}: {e}")
@@ -721,11 +748,10 @@ def newest_stopped_run():
     for path in glob.glob(f"runs/{SCRIPT}-*/checkpoint.pt"):
         try:
             ckpt = load_checkpoint(path)
-        except UserError as e:
-            say(f"left out {e}")
-            continue
-        if ckpt["step"] < ckpt["total"]:
-            stopped.append((ckpt["time"], path))
+            if ckpt["step"] < ckpt["total"]:
+                stopped.append((ckpt["time"], path))
+        except (KeyError, UserError) as e:
+            say(f"left out {path}, damaged or of an older {SCRIPT}.py: {e}")
     if not stopped:
         raise UserError(f"--resume: no run in runs/{SCRIPT}-* has steps left; give one, and --max_steps")
     return max(stopped)[1]
@@ -738,7 +764,8 @@ def load_checkpoint(path, methods=(METHOD,)):
             ckpt = torch.load(f, map_location="cpu", weights_only=True)  # which runs no code
             wrote = ckpt.get("script")
         except Exception as e:  # damaged files make torch raise nearly anything
-            raise UserError(f"{path}: damaged, or no dict of tensors as net.state_dict() is") from e
+            said = "damaged, or more than a dict of tensors, as net.state_dict() is"
+            raise UserError(f"{path}: {said}") from e
     if wrote not in methods:
         raise UserError(f"{path}: its METHOD is {wrote}, that of {SCRIPT}.py is {METHOD}")
     return ckpt
@@ -757,8 +784,9 @@ def load_generator(path):
 
 def find_generator(ckpt, path):
     """The first state dict in somebody's checkpoint that fits Generator, whatever it is called."""
-    dicts = [value for value in ckpt.values() if isinstance(value, dict)]
-    for state in [*dicts, ckpt]:
+    dicts = [ckpt]
+    for state in dicts:
+        dicts += [value for value in state.values() if isinstance(value, dict)]  # which come later
         names = [name for name in state if isinstance(name, str)]
         prefixes = {name.partition("main.0.")[0] for name in names if "main.0." in name}
         for prefix in sorted(prefixes):  # "", "module.", "netG.", ...
@@ -832,14 +860,14 @@ class Run:
 
     def start_processes(self):
         """torchrun says which process of how many this is; on GPUs each has its own."""
-        self.rank = self.local_rank = 0
-        self.world = int(os.environ.get("WORLD_SIZE", "1"))
-        if self.world == 1:
+        self.rank, self.local_rank, self.world = 0, 0, 1
+        if os.environ.get("WORLD_SIZE", "1") == "1":
             self.device = pick_device(self.args.device)
             return
-        if "MASTER_ADDR" not in os.environ:
-            raise UserError("WORLD_SIZE is set, but not MASTER_ADDR: start by torchrun, or unset it")
-        self.rank, self.local_rank = int(os.environ["RANK"]), int(os.environ["LOCAL_RANK"])
+        numbers = [os.environ.get(name, "") for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_PORT")]
+        if "MASTER_ADDR" not in os.environ or not all(map(str.isdecimal, numbers)):
+            raise UserError("WORLD_SIZE is set, but not all that torchrun sets: use it, or unset WORLD_SIZE")
+        self.rank, self.local_rank, self.world, _ = map(int, numbers)
         name = self.args.device
         if name == "auto":
             name = "cuda" if torch.cuda.is_available() else "cpu"  # gloo cannot exchange on MPS
@@ -1053,8 +1081,9 @@ class Run:
         if g_steps != self.total:
             length = f"{self.total} netD steps, {g_steps} netG steps"
         images = f"{len(self.images)} images {args.img_size}x{args.img_size}x{args.nc}"
-        print(f"{images}, {len(self.classes)} classes; {self.world} x {self.device}; "
-              f"{length} -> {self.out_dir}", flush=True)
+        names = ", ".join(self.classes[:10]) + ", ..." * (len(self.classes) > 10)
+        print(f"{images}; {len(self.classes)} classes: {names or 'none'}")
+        print(f"{self.world} x {self.device}; {length} -> {self.out_dir}", flush=True)
         if args.tensorboard:
             from torch.utils.tensorboard import SummaryWriter
             self.writer = SummaryWriter(self.out_dir)

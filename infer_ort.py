@@ -291,7 +291,7 @@ class Generator:
         if low >= -0.001 and high <= 1.001:
             self.scale, self.shift = 255, 0.5
             warn(f"{self.path}: its pictures are in [0, 1], and taken so")
-        elif low >= -0.001 and high <= 255.5:
+        elif low >= -0.001 and 32 <= high <= 255.5:
             self.scale, self.shift = 1, 0.5
             warn(f"{self.path}: its pictures are in [0, 255], and taken so")
         elif low < -1.05 or high > 1.05:

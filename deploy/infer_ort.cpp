@@ -217,9 +217,11 @@ class Generator {
       low = std::min(low, *least);
       high = std::max(high, *most);
     }
-    recognised_range = low >= -0.001f && high <= 255.5f;
+    const bool unit = high <= 1.001f;
+    const bool byte = high >= 32 && high <= 255.5f;
+    recognised_range = low >= -0.001f && (unit || byte);
     if (!recognised_range) return range;
-    if (high <= 1.001f) return {"[0, 1]", 255.0f, 0.5f};
+    if (unit) return {"[0, 1]", 255.0f, 0.5f};
     return {"[0, 255]", 1.0f, 0.5f};
   }
 

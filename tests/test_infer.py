@@ -485,7 +485,7 @@ def pixels_of(x, name):
     return np.floor((x * scale + offset).clip(0, 255))
 
 @pytest.mark.parametrize(("low", "high", "name"), [(-1, 1, "[-1, 1]"), (0, 1, "[0, 1]"), (0, 255, "[0, 255]"),
-                                                   (-0.5, 0.9, "[-1, 1]"), (0, 800, "[-1, 1]")])
+                                                   (-0.5, 0.9, "[-1, 1]"), (0, 800, "[-1, 1]"), (0, 8, "[-1, 1]")])
 def test_cpp_recognises_the_range_of_foreign_pictures(need_cpp, low, high, name):
     """One that ends in a sigmoid would be washed out; labels and fixed sizes of batches, which differ from 16, too."""
     for shape_in, label in ((["n", 12], False), ([5, 12], False), (["n", 12], True)):

@@ -143,12 +143,18 @@ def test_what_cannot_be_read_is_named(folder, capfd, monkeypatch):
         assert name in said
 
 def test_files_that_are_no_images_are_counted(folder, capfd):
-    for name in ("a.HEIC", "b.heic", "c.jpg_large", "d", ".hidden", "cat/e.txt"):
+    (folder / ".fish").mkdir()
+    for name in ("a.HEIC", "b.heic", "c.jpg_large", "d", ".hidden", "cat/e.txt", ".fish/f.png"):
         (folder / name).write_bytes(b"x")
     assert len(load(folder)[0]) == 24
     said = capfd.readouterr().err
-    for text in ("2 .heic", "1 .jpg_large", "1 without a suffix", "1 .txt", "save .heic as .jpg"):
+    for text in ("2 .heic", "1 .jpg_large", "1 without a suffix", "1 .txt", "1 hidden images", "save .heic as .jpg"):
         assert text in said
+
+def test_data_sets_that_are_none(capfd):
+    Path("cut.zip").write_bytes(b"PK half of it")
+    assert "empty" in error_of(capfd, main, dcgan, "--dataset=")
+    assert "incomplete" in error_of(capfd, load, "cut.zip")
 
 def test_classes_beside_which_there_is_a_picture(folder, capfd):
     """dcgan.py takes it, acgan.py leaves it out and says so; a zip with backslashes has classes too."""
@@ -158,6 +164,9 @@ def test_classes_beside_which_there_is_a_picture(folder, capfd):
     assert (len(images), sorted(set(labels)), classes) == (24, [0, 1], ["cat", "dog"])
     assert "left out 1 images" in capfd.readouterr().err
     assert train(acgan, "--max_steps 1 --dataset", folder)["classes"] == ["cat", "dog"]
+    shutil.copytree(folder, "deeper/inner")
+    shutil.copy(folder / "preview.jpg", "deeper")
+    assert load("deeper", script=acgan, labelled=True)[2] == ["cat", "dog"]
     with zipfile.ZipFile("w.zip", "w") as z:
         for file in sorted(folder.glob("*/*.png")):
             z.writestr(f"pets\\{file.parent.name}\\{file.name}", file.read_bytes())
@@ -175,6 +184,19 @@ def test_the_last_checkpoint_is_told_by_its_name(monkeypatch):
     os.remove("copied/checkpoint.pt")
     os.utime("copied/checkpoint_epoch_0001.pt")
     assert gan.last_checkpoint("copied") == os.path.join("copied", "checkpoint_epoch_0002.pt")
+
+def test_a_run_of_an_older_script_does_not_stop_the_others(capfd):
+    stopped = train(gan, "--max_steps 2", out="runs/gan-older")
+    torch.save({name: stopped[name] for name in stopped if name not in ("total", "time")}, "runs/gan-older/checkpoint.pt")
+    torch.save(train(gan, "--max_steps 2", out="runs/gan-new") | {"total": 9}, "runs/gan-new/checkpoint.pt")
+    assert gan.get_args(["--resume"]).out_dir == "runs/gan-new"
+    assert "runs/gan-older" in capfd.readouterr().err
+
+def test_a_resume_into_another_folder_takes_a_free_one():
+    train(gan, "--max_steps 1")
+    train(gan, "--max_steps 3", out="other")
+    gan.train(gan.get_args(words("--resume run --max_steps 2 --out_dir other")))
+    assert (whole("other"), torch.load("other-2/checkpoint.pt", weights_only=True)["step"]) == (3, 2)
 
 def test_other_classes_are_refused(folder, capfd):
     train(acgan, "--max_steps 1 --dataset", folder)
@@ -202,7 +224,20 @@ def test_a_black_data_set_is_warned_of(capfd):
     os.makedirs("masks")
     Image.fromarray(np.eye(16, dtype=np.uint8)).save("masks/a.png")
     load("masks")
-    assert "nearly black" in capfd.readouterr().err
+    assert "dark" in capfd.readouterr().err
+
+@pytest.mark.parametrize(("values", "expected"), [
+    (np.linspace(-1, 1, 16), np.linspace(0, 255, 16)), (np.linspace(-1000, 2000, 16), np.linspace(0, 255, 16)),
+    (np.r_[np.linspace(0, 1, 15), 1.0001], np.r_[np.linspace(0, 255, 15), 255]),
+    (np.r_[np.linspace(0, 4095, 14), np.inf, np.nan], np.r_[np.linspace(0, 255, 14), 255, 0])])
+def test_values_below_0_a_little_beyond_and_not_finite(values, expected):
+    """Signed floats and CT scans; what resizing leaves; infinities. The one bright picture of many counts too."""
+    os.makedirs("deep")
+    for i in range(250):
+        scaled = values if i == 7 else values / 2
+        Image.fromarray(scaled.astype(np.float32)[None].repeat(16, 0)).save(f"deep/{i:03d}.tiff")
+    images, *_ = load("deep", "--nc 1")
+    np.testing.assert_allclose(images[7, 0, :, 0], expected, atol=1)
 
 # ------------------------------------------------------------------------------------ 8: ranges of numbers
 
@@ -230,8 +265,10 @@ def test_nothing_saved_is_not_called_good(capfd):
     assert "nothing is saved" in error_of(capfd, main, gan, *TINY, "--max_steps 9 --lr 1e30")
 
 def test_a_launcher_that_is_none(capfd, monkeypatch):
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    assert "torchrun" in error_of(capfd, main, gan, *TINY, "--max_steps 1")
+    for env in ({"WORLD_SIZE": "2"}, {"WORLD_SIZE": "abc"}, {"MASTER_ADDR": "localhost", "MASTER_PORT": "1"}):
+        for name, value in ({"WORLD_SIZE": "2"} | env).items():
+            monkeypatch.setenv(name, value)
+        assert "torchrun" in error_of(capfd, main, gan, *TINY, "--max_steps 1")
 
 def test_a_mistyped_recipe_ends_at_the_start(capfd, monkeypatch):
     for recipe, said in (("--dsteps 5", "--dsteps"), ("--gp R1", "R1"), ("--ngf 0", "0")):
@@ -250,9 +287,11 @@ def test_a_terminal_that_is_not_utf8(folder):
 
 def test_a_data_dir_that_may_only_be_read(monkeypatch, tmp_path):
     os.makedirs("input")
+    """Or that is not there, in a folder that may only be read."""
     monkeypatch.setattr(os, "access", lambda path, mode: "input" not in str(path))
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
-    assert len(load("digits --max_images 10 --data_dir input")[0]) == 10
+    for data_dir in ("input", "input/sub"):
+        assert len(load("digits --max_images 10 --data_dir", data_dir)[0]) == 10
     assert os.listdir("input") == []
 
 # ---------------------------------------------------------------------------------- 14: signals, notebooks
@@ -317,7 +356,7 @@ def test_state_dicts_under_any_name(wrap, prefix):
     netG, netD = dcgan.Generator(5, 4, 3, 32), dcgan.Discriminator(3, 4, 32)
     state = {f"{prefix}{name}": w for name, w in netG.state_dict().items()}
     others = {f"netD.{name}": w for name, w in netD.state_dict().items()}
-    torch.save({"D": netD.state_dict(), wrap: state, "epoch": 3} if wrap else (others if prefix else {}) | state, "theirs.pth")
+    torch.save({"names": {0: "cat"}, "models": {"D": netD.state_dict(), wrap: state}, "epoch": 3} if wrap else (others if prefix else {}) | state, "theirs.pth")
     loaded, _ = dcgan.load_generator("theirs.pth")
     assert loaded.config == netG.config
     assert torch.equal(loaded.main[0].weight, netG.main[0].weight)
