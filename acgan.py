@@ -965,7 +965,8 @@ class Run:
             dist.barrier()
         self.batch = self.args.batch_size * self.world  # of all processes together
         if self.batch > len(images):
-            raise UserError(f"--batch_size: a step takes {self.batch} images, there are {len(images)}")
+            said = f"a step takes {self.batch} images, there are {len(images)}"
+            raise UserError(f"--batch_size: {said}; give --batch_size {len(images) // self.world} or less")
         self.epoch_size = len(images) // self.batch * self.batch  # the rest fills no batch
         self.images, self.labels = torch.from_numpy(images), torch.from_numpy(labels)
         if self.device.type != "cuda":
@@ -1137,6 +1138,8 @@ class Run:
         length = f"{self.total} steps"
         if g_steps != self.total:
             length = f"{self.total} netD steps, {g_steps} netG steps"
+        if g_steps == 0:
+            say("warning: in so few steps netG takes none: more --max_steps")
         images = f"{len(self.images)} images {args.img_size}x{args.img_size}x{args.nc}"
         names = ", ".join(self.classes[:10]) + ", ..." * (len(self.classes) > 10)
         print(f"{images}; {len(self.classes)} classes: {names or 'none'}")

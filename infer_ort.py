@@ -206,6 +206,8 @@ def new_session(path, provider, device_id=0, threads=0, cuda_options=None):
         session = ort.InferenceSession(str(path), options, providers=providers, enable_fallback=0)
     session.disable_fallback()
     if session.get_providers()[0] != providers[0][0]:
+        if gpu_count() == 0:
+            raise OSError("there is no NVIDIA GPU with a driver")
         package = "onnxruntime-gpu[cuda,cudnn]"
         raise OSError(f"this onnxruntime ({ort.__version__}) cannot use it: pip install '{package}'")
     return session
