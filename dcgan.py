@@ -649,7 +649,7 @@ def find_limits(open_image, chosen):
     say(f"in images of more than 8 bits {low:g} is taken for black, {high:g} for white")
     return low, high
 
-def to_pixels(img, size, nc, limits):
+def to_pixels(img, size, nc, limits=(0, 65535)):
     """PIL image of any kind -> bytes of size x size x nc: short side resized, centre cropped."""
     mode = "L" if nc == 1 else "RGB"
     img.draft(mode, (2 * size, 2 * size))  # JPEG: decode at reduced size

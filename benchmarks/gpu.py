@@ -300,7 +300,7 @@ def onnx_runtime(z, args):
         raise OSError(f"onnxruntime {onnxruntime.__version__} has no CUDA provider; "
                       "pip install 'onnxruntime-gpu[cuda,cudnn]'")
     for flags in FILES:
-        row = f"ONNX Runtime, `{flags}`"
+        row = f"ONNX Runtime, `{flags or 'fp32'}`"
         with reported(f"generation, {row}"):
             file = f"net{flags.replace(' ', '')}.onnx"
             argv = ["net", "-o", file, "--no-verify", *flags.split()]
