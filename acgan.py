@@ -315,7 +315,7 @@ def number(kind, low, high, text):
     except ValueError:
         value = math.nan  # which is in no range
     if not low <= value <= high:
-        raise argparse.ArgumentTypeError(f"{text} is not an {kind.__name__} from {low} to {high}")
+        raise argparse.ArgumentTypeError(f"{text} is not a valid {kind.__name__} from {low} to {high}")
     return value
 
 positive = functools.partial(number, int, 1, 2**31 - 1)
