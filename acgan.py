@@ -52,11 +52,13 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-METHOD = "acgan"  # its name in checkpoints: give another one to a method of your own
+METHOD = "acgan"  # the method's name in checkpoints: change it in a copy that is another one
 
 # ------------------------------------------------------------------------------------------- flags
 
-RECIPES = {  # defaults of these flags and of those of the plumbing; "paper" overrides "default"
+# Default values, written as flags. --recipe paper puts the second string on top of the first. Flags
+# that are not defined just below, such as --batch_size and --nc, are defined in the plumbing.
+RECIPES = {
     "default": "--ngf 64 --ndf 32 --batch_size 32 --lr_g 2e-3 --lr_d 1e-3 --lr_decay linear"
                " --gp_weight 0.9 --ema 0.999 --aux adc",
     # Appendix A: rates and dropout for CIFAR-10; the widths are near to those of its nets.
@@ -65,19 +67,21 @@ RECIPES = {  # defaults of these flags and of those of the plumbing; "paper" ove
 }
 
 def add_method_flags(group):
-    flag = group.add_argument  # without default= it is in RECIPES; positive, weight, ...: ranges
+    # Where there is no default=, it is in RECIPES. The types only check the number: positive is 1 or
+    # more, not_negative 0 or more, below_1 from 0 to less than 1, fraction from 0 to 1.
+    flag = group.add_argument
     flag("--img_size", type=int, choices=(16, 32, 64, 128, 256), default=64, help="height and width")
     flag("--nz", type=positive, default=100, help="size of the latent vector")
     flag("--ngf", type=positive, help="channels of netG's last hidden layer")
     flag("--ndf", type=positive, help="channels of netD's first layer")
     flag("--dropout", type=below_1, default=0.0, help="dropout probability in netD")
     flag("--aux", choices=("adc", "acgan"), help="acgan: n classes; adc: 2n")
-    flag("--aux_g", type=weight, default=1.0, help="weight of the class loss in netG's loss")
+    flag("--aux_g", type=not_negative, default=1.0, help="weight of the class loss in netG's loss")
     flag("--real_label", type=fraction, default=1.0, help="target for real (0.9: smoothed)")
     flag("--fake_label", type=fraction, default=0.0, help="target for fake (0.1: smoothed)")
-    flag("--gp_weight", type=weight, help="weight of the gradient penalty; 0: none")
-    flag("--gp_every", type=positive, default=4, help="in every N-th step, N times as heavy")
-    flag("--ema", type=below_1, help="decay of the average of netG's weights, which is sampled")
+    flag("--gp_weight", type=not_negative, help="weight of the gradient penalty; 0: none")
+    flag("--gp_every", type=positive, default=4, help="penalty in every N-th step only, times N")
+    flag("--ema", type=below_1, help="decay of netG's moving average, which is sampled; 0: netG")
     flag("--d_steps", type=positive, default=1, help="netD steps, on new images, for one of netG")
     flag("--pretrain_d", type=count, default=0, metavar="STEPS",
          help="train netD first, with its class head, on pictures of the untrained netG")
@@ -88,16 +92,17 @@ def add_method_flags(group):
 class Generator(nn.Module):
     """(N, nz) latents ~ N(0, 1), (N) labels -> (N, nc, img_size, img_size) images in [-1, 1]."""
 
-    def __init__(self, nz=100, ngf=64, nc=3, img_size=64, n_classes=10):
+    def __init__(self, nz=100, ngf=64, nc=3, img_size=64, n_classes=10, widest=8):
         super().__init__()
-        self.config = {"nz": nz, "ngf": ngf, "nc": nc, "img_size": img_size, "n_classes": n_classes}
+        self.config = {"nz": nz, "ngf": ngf, "nc": nc, "img_size": img_size, "n_classes": n_classes,
+                       "widest": widest}
         self.label_emb = nn.Embedding(n_classes, nz)
         stages = int(math.log2(img_size)) - 3  # each doubles height and width; 3 at img_size 64
-        channels = ngf * 2**stages
+        channels = ngf * min(2**stages, widest)
         layers = [nn.ConvTranspose2d(nz, channels, 4, 1, 0, bias=False)]  # (ngf*8) x 4 x 4
         layers += [nn.BatchNorm2d(channels), nn.ReLU(inplace=True)]
         for k in reversed(range(stages)):  # (ngf*4) x 8 x 8, (ngf*2) x 16 x 16, ngf x 32 x 32
-            out = ngf * 2**k
+            out = ngf * min(2**k, widest)
             layers += [nn.ConvTranspose2d(channels, out, 4, 2, 1, bias=False)]
             layers += [nn.BatchNorm2d(out), nn.ReLU(inplace=True)]
             channels = out
@@ -119,7 +124,7 @@ class Discriminator(nn.Module):
         layers = []
         channels = nc
         for k in range(stages):  # ndf x 32 x 32, (ndf*2) x 16 x 16, (ndf*4) x 8 x 8, (ndf*8) x 4 x 4
-            out = ndf * 2**k
+            out = ndf * min(2**k, 8)
             layers += [nn.Conv2d(channels, out, 4, 2, 1, bias=False)]
             if k > 0:  # DCGAN's paper has no BatchNorm on netD's first layer
                 layers += [nn.BatchNorm2d(out)]
@@ -147,11 +152,15 @@ def weights_init(net):
                 nn.init.normal_(w, 0.0, 0.02)
 
 def config_of(state):
-    """Generator's arguments, guessed from the shapes in somebody's state dict: for --sample."""
+    """Generator's arguments from the shapes of weights: for --sample of a file that lacks .config.
+
+    Change it when you change Generator's layers.
+    """
     convs = [w for name, w in state.items() if name.startswith("main.") and w.ndim == 4]
     nz = convs[0].shape[0]  # a ConvTranspose2d's weight is (in, out, 4, 4)
     ngf, nc = convs[-1].shape[:2]
-    config = {"nz": nz, "ngf": ngf, "nc": nc, "img_size": 2 ** (len(convs) + 1)}
+    widest = convs[0].shape[1] // ngf
+    config = {"nz": nz, "ngf": ngf, "nc": nc, "img_size": 2 ** (len(convs) + 1), "widest": widest}
     return config | {"n_classes": len(state["label_emb.weight"])}
 
 # ------------------------------------------------------------------------------------------ losses
@@ -188,7 +197,7 @@ def gradient_penalty(netD, real, labels, fake_offset):
     The score is the first head's logit; adc: plus the logit of the class minus that of its fakes.
     """
     x = real.detach().requires_grad_()
-    logits, class_logits = netD.forward(x)  # skips torch.compile, as in dcgan.py
+    logits, class_logits = netD.forward(x)  # not netD(x): --compile's has no second derivative
     score = logits.sum()
     if fake_offset:  # len(x): the loss is a mean over images, the score is a sum
         score = score - len(x) * g_class_loss(class_logits, labels, fake_offset)
@@ -199,7 +208,8 @@ def gradient_penalty(netD, real, labels, fake_offset):
 # ---------------------------------------------------------------------------------------- training
 
 def train(args):
-    # run: .device, .classes, .done (from 0 to 1), .epoch, .autocast, .parallel, .log, .steps
+    # The plumbing. run.done: the fraction of the run that is over. run.autocast(): bfloat16 where it
+    # is fast, which needs no GradScaler. run.log({name: tensor}): the mean goes to the log.
     run = Run(args, labelled=True)
     n = len(run.classes)
     fake_offset = n if args.aux == "adc" else 0  # netD learns to see fakes as label + fake_offset
@@ -209,32 +219,34 @@ def train(args):
         weights_init(net)
         net.to(run.device, memory_format=run.memory_format)
 
-    # What is sampled: the average of netG's weights. Its BatchNorm statistics are not averaged but
-    # measured anew before each save (measure_batchnorm, below).
+    # Pictures are drawn from this moving average of netG's weights, updated at the end of the loop.
+    # Its BatchNorm statistics are not averaged: the plumbing measures them anew before each save.
     netG_ema = copy.deepcopy(netG).eval().requires_grad_(False)
-    betas = (args.beta1, args.beta2)
+    betas = (args.beta1, args.beta2)  # (0.5, 0.999)
     optG = torch.optim.Adam(netG.parameters(), args.lr_g, betas, fused=True)
     optD = torch.optim.Adam(netD.parameters(), args.lr_d, betas, fused=True)
 
-    # DistributedDataParallel under torchrun, else netG and netD. --compile compiles these in place.
+    # Under torchrun DistributedDataParallel, which averages gradients over the processes; else netG
+    # and netD themselves. --compile compiles netG and netD in place.
     ddpG = run.parallel(netG)
     ddpD = run.parallel(netD)
 
-    # run.steps yields (step, images, labels). With --resume it first restores what is given here.
-    # After each pass, and after a `continue`, it logs, saves and draws if that is due.
+    # run.steps yields the step, from 0 on, images in [-1, 1] and labels. What it is given here goes
+    # into checkpoints, and --resume restores it. After each pass, and after a `continue`, it logs,
+    # saves and draws if that is due; after the last one in any case.
     for step, real, labels in run.steps(netG=netG, netD=netD, netG_ema=netG_ema, optG=optG, optD=optD):
         factor = 1
-        if args.lr_decay == "linear":  # to 0, from the middle of the run on
+        if args.lr_decay == "linear":  # 1, and from the middle of the run on a line down to 0
             factor = min(1, 2 - 2 * run.done)
         optG.param_groups[0]["lr"] = factor * args.lr_g
         optD.param_groups[0]["lr"] = factor * args.lr_d
-        g_step = step >= args.pretrain_d and (step + 1) % args.d_steps == 0
+        train_g = step >= args.pretrain_d and (step + 1) % args.d_steps == 0
 
         # D step: tell real from fake, and the class, in two passes: BatchNorm must not mix them.
         # Fakes are of the classes of the real images.
         z = torch.randn(len(real), args.nz, device=run.device)
         with run.autocast():
-            with torch.set_grad_enabled(g_step):  # the graph is for the G step
+            with torch.set_grad_enabled(train_g):  # fake's graph is for the G step
                 fake = ddpG(z, labels)
             real_logits, real_class = ddpD(real)
             fake_logits, fake_class = ddpD(fake.detach())
@@ -248,17 +260,17 @@ def train(args):
         acc_fake = accuracy(fake_class, labels, n)
         run.log({"acc_real": acc_real, "acc_fake": acc_fake})
         loss_d = loss_d + class_loss
-        if args.gp_weight > 0 and step % args.gp_every == 0:  # enough: StyleGAN2, appendix B
+        if args.gp_weight > 0 and step % args.gp_every == 0:  # "lazy": StyleGAN2, appendix B
             penalty = gradient_penalty(netD, real, labels, fake_offset)
             loss_d = loss_d + args.gp_every * args.gp_weight * penalty
         optD.zero_grad()
         loss_d.backward()
         optD.step()
-        if not g_step:
+        if not train_g:
             continue
 
         # G step: make the same fakes pass for real, and be seen as their class. netD is frozen: the
-        # gradient goes through it to netG. And not ddpD, which would wait for those of netD's weights.
+        # gradient only goes through it, to netG. Not ddpD: it would wait for those of netD's weights.
         netD.requires_grad_(False)
         with run.autocast():
             fake_logits, fake_class = netD(fake)
@@ -270,7 +282,7 @@ def train(args):
         optG.step()
         netD.requires_grad_(True)
 
-        decay = min(args.ema, (1 + step) / (10 + step))  # quick at first; 0: a copy
+        decay = min(args.ema, (1 + step) / (10 + step))  # 0.1 at first, 0.999 from step 8990 on
         with torch.no_grad():
             for average, w in zip(netG_ema.parameters(), netG.parameters()):
                 average.lerp_(w, 1 - decay)
@@ -322,7 +334,7 @@ positive = functools.partial(number, int, 1, 2**31 - 1)
 count = functools.partial(number, int, 0, 2**31 - 1)
 at_least_2 = functools.partial(number, int, 2, 2**31 - 1)
 seed = functools.partial(number, int, 0, 2**63 - 1)
-weight = functools.partial(number, float, 0, 1e38)
+not_negative = functools.partial(number, float, 0, 1e38)
 fraction = functools.partial(number, float, 0, 1)
 below_1 = functools.partial(number, float, 0, 0.999999)
 
@@ -366,9 +378,9 @@ def make_parser():
     flag("--max_steps", type=positive, action=Length, help="length of the run, in steps of netD")
     flag("--epochs", type=positive, action=Length, help="the same in passes over the data")
     flag("--batch_size", type=at_least_2, help="images per process and step")
-    flag("--lr", type=weight, action=BothRates, default=argparse.SUPPRESS, help="both rates")
-    flag("--lr_g", type=weight, help="learning rate of netG")
-    flag("--lr_d", type=weight, help="learning rate of netD")
+    flag("--lr", type=not_negative, action=BothRates, default=argparse.SUPPRESS, help="both rates")
+    flag("--lr_g", type=not_negative, help="learning rate of netG")
+    flag("--lr_d", type=not_negative, help="learning rate of netD")
     flag("--beta1", type=below_1, default=0.5, help="Adam's first-moment decay")
     flag("--beta2", type=below_1, default=0.999, help="Adam's second-moment decay")
 

@@ -11,8 +11,8 @@ netD learns to tell real pictures from netG's, netG to make pictures that netD t
     torchrun --nproc_per_node 2 dcgan.py          # one process for each GPU
 
 The default is not the paper's: it has a gradient penalty (R1), an average of netG's weights, smaller
-nets and batches, and learning rates 10 (netG) and 5 (netD) times the paper's, which fall to 0. MNIST
-takes 374 s on one core of an AMD EPYC, to FID 5.4 by a small classifier (benchmarks/RESULTS.md).
+nets and batches, and learning rates 10 (netG) and 5 (netD) times the paper's, which fall to 0. 22,839
+faces at 64x64 take 122 minutes on one core of an AMD EPYC, MNIST takes 6 (benchmarks/RESULTS.md).
 """
 
 import argparse
@@ -52,11 +52,13 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils.parametrizations import spectral_norm
 from tqdm import tqdm
 
-METHOD = "dcgan"  # its name in checkpoints: give another one to a method of your own
+METHOD = "dcgan"  # the method's name in checkpoints: change it in a copy that is another one
 
 # ------------------------------------------------------------------------------------------- flags
 
-RECIPES = {  # defaults of these flags and of those of the plumbing; "paper" overrides "default"
+# Default values, written as flags. --recipe paper puts the second string on top of the first. Flags
+# that are not defined just below, such as --batch_size and --nc, are defined in the plumbing.
+RECIPES = {
     "default": "--ngf 64 --ndf 32 --batch_size 32 --lr_g 2e-3 --lr_d 1e-3 --lr_decay linear"
                " --gp r1 --gp_weight 0.3 --ema 0.999",
     # Section 4; figure 1 for netG, the authors' code for netD.
@@ -65,7 +67,9 @@ RECIPES = {  # defaults of these flags and of those of the plumbing; "paper" ove
 }
 
 def add_method_flags(group):
-    flag = group.add_argument  # without default= it is in RECIPES; positive, weight, ...: ranges
+    # Where there is no default=, it is in RECIPES. The types only check the number: positive is 1 or
+    # more, not_negative 0 or more, below_1 from 0 to less than 1, fraction from 0 to 1.
+    flag = group.add_argument
     flag("--img_size", type=int, choices=(16, 32, 64, 128, 256), default=64, help="height and width")
     flag("--nz", type=positive, default=100, help="size of the latent vector")
     flag("--ngf", type=positive, help="channels of netG's last hidden layer")
@@ -78,9 +82,9 @@ def add_method_flags(group):
     flag("--real_label", type=fraction, default=1.0, help="bce: target for real (0.9: smoothed)")
     flag("--fake_label", type=fraction, default=0.0, help="bce: target for fake (0.1: smoothed)")
     flag("--gp", choices=("none", "r1", "interpolate"), help="gradient penalty on netD")
-    flag("--gp_weight", type=weight, help="weight of --gp")
-    flag("--gp_every", type=positive, default=4, help="--gp in every N-th step, N times as heavy")
-    flag("--ema", type=below_1, help="decay of the average of netG's weights, which is sampled")
+    flag("--gp_weight", type=not_negative, help="weight of --gp")
+    flag("--gp_every", type=positive, default=4, help="penalty in every N-th step only, times N")
+    flag("--ema", type=below_1, help="decay of netG's moving average, which is sampled; 0: netG")
     flag("--d_steps", type=positive, default=1, help="netD steps, on new images, for one of netG")
     flag("--pretrain_d", type=count, default=0,
          metavar="STEPS", help="train netD first, on pictures of the untrained netG")
@@ -96,25 +100,27 @@ class Generator(nn.Module):
     """(N, nz) latents ~ N(0, 1) -> (N, nc, img_size, img_size) images in [-1, 1].
 
     Radford et al. 2016, figure 1, at img_size 64 and ngf 128. Names and order of the layers are those
-    of pytorch/examples, so that its state dicts load.
+    of pytorch/examples, so that its state dicts load. At 128 and 256 no layer has more than 8 * ngf
+    channels; with ngf 64 these are 512, StyleGAN's bound.
     """
 
-    def __init__(self, nz=100, ngf=64, nc=3, img_size=64):
+    def __init__(self, nz=100, ngf=64, nc=3, img_size=64, widest=8):
         super().__init__()
-        self.config = {"nz": nz, "ngf": ngf, "nc": nc, "img_size": img_size}  # kept in checkpoints
+        # Kept in checkpoints.
+        self.config = {"nz": nz, "ngf": ngf, "nc": nc, "img_size": img_size, "widest": widest}
         stages = int(math.log2(img_size)) - 3  # each doubles height and width; 3 at img_size 64
-        channels = ngf * 2**stages
+        channels = ngf * min(2**stages, widest)
         layers = [nn.ConvTranspose2d(nz, channels, 4, 1, 0, bias=False)]  # (ngf*8) x 4 x 4
         layers += [nn.BatchNorm2d(channels), nn.ReLU(inplace=True)]
         for k in reversed(range(stages)):  # (ngf*4) x 8 x 8, (ngf*2) x 16 x 16, ngf x 32 x 32
-            out = ngf * 2**k
+            out = ngf * min(2**k, widest)
             layers += [nn.ConvTranspose2d(channels, out, 4, 2, 1, bias=False)]
             layers += [nn.BatchNorm2d(out), nn.ReLU(inplace=True)]
             channels = out
         layers += [nn.ConvTranspose2d(ngf, nc, 4, 2, 1, bias=False), nn.Tanh()]  # nc x 64 x 64
         self.main = nn.Sequential(*layers)
 
-    def forward(self, z, labels=None):  # labels: for conditional methods, not used here
+    def forward(self, z, labels=None):  # the plumbing gives labels, too: not used here
         z = z.flatten(1)
         if z.is_cuda:  # the same, strided as channels_last: else --compile fails (pytorch#171622)
             return self.main(z[:, None, None].permute(0, 3, 1, 2))
@@ -129,7 +135,7 @@ class Discriminator(nn.Module):
         layers = []
         channels = nc
         for k in range(stages):  # ndf x 32 x 32, (ndf*2) x 16 x 16, (ndf*4) x 8 x 8, (ndf*8) x 4 x 4
-            out = ndf * 2**k
+            out = ndf * min(2**k, 8)
             layers += [nn.Conv2d(channels, out, 4, 2, 1, bias=sn)]
             if k > 0 and not sn:  # the paper has no BatchNorm on netD's first layer
                 layers += [nn.BatchNorm2d(out)]
@@ -163,11 +169,15 @@ def weights_init(net, init="dcgan"):
                 nn.init.kaiming_normal_(w, a=0.2, mode="fan_in")  # the slope of LeakyReLU
 
 def config_of(state):
-    """Generator's arguments, guessed from the shapes in somebody's state dict: for --sample."""
+    """Generator's arguments from the shapes of weights: for --sample of a file that lacks .config.
+
+    Change it when you change Generator's layers.
+    """
     convs = [w for name, w in state.items() if name.startswith("main.") and w.ndim == 4]
     nz = convs[0].shape[0]  # a ConvTranspose2d's weight is (in, out, 4, 4)
     ngf, nc = convs[-1].shape[:2]
-    return {"nz": nz, "ngf": ngf, "nc": nc, "img_size": 2 ** (len(convs) + 1)}
+    widest = convs[0].shape[1] // ngf
+    return {"nz": nz, "ngf": ngf, "nc": nc, "img_size": 2 ** (len(convs) + 1), "widest": widest}
 
 # ------------------------------------------------------------------------------------------ losses
 
@@ -195,8 +205,8 @@ def gradient_penalty(netD, real, fake, kind):
         a = torch.rand(len(real), 1, 1, 1, device=real.device)
         x = a * fake + (1 - a) * real
     x = x.detach().requires_grad_()
-    logits = netD.forward(x)  # .forward skips torch.compile, which cannot differentiate twice
-    ones = torch.ones_like(logits)  # the gradient of their sum: each image gets its own
+    logits = netD.forward(x)  # not netD(x): what --compile makes of it has no second derivative
+    ones = torch.ones_like(logits)  # as for logits.sum(), which is wrong on Macs (pytorch#180201)
     (grad,) = torch.autograd.grad(logits, x, ones, create_graph=True)
     squared = grad.square().sum((1, 2, 3))
     if kind == "r1":  # divided by nc, so that one weight suits both grey and RGB
@@ -242,7 +252,9 @@ def lr_factor(args, run):
     return 1
 
 def train(args):
-    # run: .device, .classes, .done (from 0 to 1), .epoch, .autocast, .parallel, .log, .steps
+    # The plumbing. run.done: the fraction of the run that is over. run.epoch: passes over the data.
+    # run.autocast(): bfloat16 where it is fast, which needs no GradScaler. run.log({name: tensor}):
+    # the mean goes to the log.
     run = Run(args)
     netG = Generator(args.nz, args.ngf, args.nc, args.img_size)
     netD = Discriminator(args.nc, args.ndf, args.img_size, args.sn, args.dropout)
@@ -250,46 +262,48 @@ def train(args):
         weights_init(net, args.init)
         net.to(run.device, memory_format=run.memory_format)
 
-    # What is sampled: the average of netG's weights. Its BatchNorm statistics are not averaged but
-    # measured anew before each save (measure_batchnorm, below).
+    # Pictures are drawn from this moving average of netG's weights, updated at the end of the loop.
+    # Its BatchNorm statistics are not averaged: the plumbing measures them anew before each save.
     netG_ema = copy.deepcopy(netG).eval().requires_grad_(False)
     optG = make_optimizer(args.optim_g, netG, args.lr_g, args)
     optD = make_optimizer(args.optim_d, netD, args.lr_d, args)
     replay = Replay(args.replay)
 
-    # DistributedDataParallel under torchrun, else netG and netD. --compile compiles these in place.
+    # Under torchrun DistributedDataParallel, which averages gradients over the processes; else netG
+    # and netD themselves. --compile compiles netG and netD in place.
     ddpG = run.parallel(netG)
     ddpD = run.parallel(netD)
 
-    # run.steps yields (step, images, labels). With --resume it first restores what is given here.
-    # After each pass, and after a `continue`, it logs, saves and draws if that is due.
+    # run.steps yields the step, from 0 on, images in [-1, 1] and labels. What it is given here goes
+    # into checkpoints, and --resume restores it. After each pass, and after a `continue`, it logs,
+    # saves and draws if that is due; after the last one in any case.
     for step, real, _ in run.steps(netG=netG, netD=netD, netG_ema=netG_ema, optG=optG, optD=optD,
                                    replay=replay):
         factor = lr_factor(args, run)
         optG.param_groups[0]["lr"] = factor * args.lr_g
         optD.param_groups[0]["lr"] = factor * args.lr_d
-        g_step = step >= args.pretrain_d and (step + 1) % args.d_steps == 0
+        train_g = step >= args.pretrain_d and (step + 1) % args.d_steps == 0
 
         # D step: tell real from fake, in two passes: BatchNorm must not mix them.
         z = torch.randn(len(real), args.nz, device=run.device)
         with run.autocast():
-            with torch.set_grad_enabled(g_step):  # the graph is for the G step
+            with torch.set_grad_enabled(train_g):  # fake's graph is for the G step
                 fake = ddpG(z)
             real_logits = ddpD(real).float()
             fake_logits = ddpD(replay(fake.detach())).float()
         loss_d = d_loss(real_logits, fake_logits, args)
         run.log({"loss_d": loss_d, "D(x)": real_logits.sigmoid(), "D(G(z))": fake_logits.sigmoid()})
-        if args.gp != "none" and step % args.gp_every == 0:  # enough: StyleGAN2, appendix B
+        if args.gp != "none" and step % args.gp_every == 0:  # "lazy": StyleGAN2, appendix B
             penalty = gradient_penalty(netD, real, fake, args.gp)
             loss_d = loss_d + args.gp_every * args.gp_weight * penalty
         optD.zero_grad()
         loss_d.backward()
         optD.step()
-        if not g_step:
+        if not train_g:
             continue
 
-        # G step: make the same fakes pass for real. netD is frozen: the gradient goes through it to
-        # netG. And it is netD, not ddpD, which would wait for gradients of netD's weights.
+        # G step: make the same fakes pass for real. netD is frozen: the gradient only goes through it,
+        # to netG. Not ddpD: DistributedDataParallel would wait for gradients of netD's weights.
         netD.requires_grad_(False)
         with run.autocast():
             fake_logits = netD(fake).float()
@@ -300,7 +314,7 @@ def train(args):
         optG.step()
         netD.requires_grad_(True)
 
-        decay = min(args.ema, (1 + step) / (10 + step))  # quick at first; 0: a copy
+        decay = min(args.ema, (1 + step) / (10 + step))  # 0.1 at first, 0.999 from step 8990 on
         with torch.no_grad():
             for average, w in zip(netG_ema.parameters(), netG.parameters()):
                 average.lerp_(w, 1 - decay)
@@ -352,7 +366,7 @@ positive = functools.partial(number, int, 1, 2**31 - 1)
 count = functools.partial(number, int, 0, 2**31 - 1)
 at_least_2 = functools.partial(number, int, 2, 2**31 - 1)
 seed = functools.partial(number, int, 0, 2**63 - 1)
-weight = functools.partial(number, float, 0, 1e38)
+not_negative = functools.partial(number, float, 0, 1e38)
 fraction = functools.partial(number, float, 0, 1)
 below_1 = functools.partial(number, float, 0, 0.999999)
 
@@ -396,9 +410,9 @@ def make_parser():
     flag("--max_steps", type=positive, action=Length, help="length of the run, in steps of netD")
     flag("--epochs", type=positive, action=Length, help="the same in passes over the data")
     flag("--batch_size", type=at_least_2, help="images per process and step")
-    flag("--lr", type=weight, action=BothRates, default=argparse.SUPPRESS, help="both rates")
-    flag("--lr_g", type=weight, help="learning rate of netG")
-    flag("--lr_d", type=weight, help="learning rate of netD")
+    flag("--lr", type=not_negative, action=BothRates, default=argparse.SUPPRESS, help="both rates")
+    flag("--lr_g", type=not_negative, help="learning rate of netG")
+    flag("--lr_d", type=not_negative, help="learning rate of netD")
     flag("--beta1", type=below_1, default=0.5, help="Adam's first-moment decay")
     flag("--beta2", type=below_1, default=0.999, help="Adam's second-moment decay")
 

@@ -11,7 +11,8 @@ netG's, netG learns to make pictures that netD takes for real.
     torchrun --nproc_per_node 2 gan.py        # one process for each GPU
 
 The default is not the paper's: it has a gradient penalty (R1), an average of netG's weights, and
-learning rates that fall to 0. Adam, and BatchNorm in netG, are in both recipes: the paper had neither.
+learning rates that fall to 0. Both recipes have Adam, BatchNorm in netG and LeakyReLU in netD, where
+the paper has momentum, no BatchNorm, and maxout in netD.
 """
 
 import argparse
@@ -50,11 +51,13 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-METHOD = "gan"  # its name in checkpoints: give another one to a method of your own
+METHOD = "gan"  # the method's name in checkpoints: change it in a copy that is another one
 
 # ------------------------------------------------------------------------------------------- flags
 
-RECIPES = {  # defaults of these flags and of those of the plumbing; "paper" overrides "default"
+# Default values, written as flags. --recipe paper puts the second string on top of the first. Flags
+# that are not defined just below, such as --batch_size and --nc, are defined in the plumbing.
+RECIPES = {
     "default": "--ngf 64 --ndf 64 --batch_size 128 --lr_g 1e-3 --lr_d 5e-4 --lr_decay linear"
                " --gp_weight 5 --ema 0.999 --max_steps 15000",
     # Dropout: the paper, section 5. Batch size: the authors' code. Learning rates: DCGAN's.
@@ -63,15 +66,17 @@ RECIPES = {  # defaults of these flags and of those of the plumbing; "paper" ove
 }
 
 def add_method_flags(group):
-    flag = group.add_argument  # without default= it is in RECIPES; positive, weight, ...: ranges
+    # Where there is no default=, it is in RECIPES. The types only check the number: positive is 1 or
+    # more, not_negative 0 or more, below_1 from 0 to less than 1.
+    flag = group.add_argument
     flag("--img_size", type=positive, default=32, help="height and width")
     flag("--nz", type=positive, default=100, help="size of the latent vector")
     flag("--ngf", type=positive, help="width of netG: hidden layers of 4 and 8 times this")
     flag("--ndf", type=positive, help="width of netD: hidden layers of 8 and 4 times this")
     flag("--dropout", type=below_1, default=0.0, help="dropout probability in netD")
-    flag("--gp_weight", type=weight, help="weight of the gradient penalty; 0: none")
-    flag("--gp_every", type=positive, default=4, help="only in every N-th step, N times as heavy")
-    flag("--ema", type=below_1, help="decay of the average of netG's weights, which is sampled")
+    flag("--gp_weight", type=not_negative, help="weight of the gradient penalty; 0: none")
+    flag("--gp_every", type=positive, default=4, help="penalty in every N-th step only, times N")
+    flag("--ema", type=below_1, help="decay of netG's moving average, which is sampled; 0: netG")
     flag("--d_steps", type=positive, default=1, help="netD steps for one of netG: the paper's k")
     flag("--lr_decay", choices=("none", "linear"), help="linear: to 0 in the run's second half")
 
@@ -85,7 +90,7 @@ class Generator(nn.Module):
         self.config = {"nz": nz, "ngf": ngf, "nc": nc, "img_size": img_size}  # kept in checkpoints
         self.main = nn.Sequential(
             nn.Linear(nz, ngf * 4),
-            nn.BatchNorm1d(ngf * 4),  # newer than the paper
+            nn.BatchNorm1d(ngf * 4),
             nn.ReLU(inplace=True),
             nn.Linear(ngf * 4, ngf * 8),
             nn.BatchNorm1d(ngf * 8),
@@ -95,7 +100,7 @@ class Generator(nn.Module):
             nn.Unflatten(1, (nc, img_size, img_size)),
         )
 
-    def forward(self, z, labels=None):  # labels: for conditional methods, not used here
+    def forward(self, z, labels=None):  # the plumbing gives labels, too: not used here
         return self.main(z.flatten(1))  # (N, nz, 1, 1) will do, too
 
 class Discriminator(nn.Module):
@@ -117,21 +122,26 @@ class Discriminator(nn.Module):
         return self.main(x.flatten(1)).flatten()
 
 def weights_init(net):
-    """He's normal for weights, 0 for biases. With DCGAN's N(0, 0.02) these nets collapse."""
+    """Kaiming He's normal weights, zero biases. With DCGAN's N(0, 0.02) these nets collapse."""
     for m in net.modules():
         if isinstance(m, nn.Linear):
-            nn.init.kaiming_normal_(m.weight, a=0.2)  # LeakyReLU's slope; for netG, too
+            nn.init.kaiming_normal_(m.weight, a=0.2)  # LeakyReLU's slope; near to netG's ReLU
             nn.init.zeros_(m.bias)
 
 def config_of(state):
-    """Generator's arguments, guessed from the shapes in somebody's state dict: for --sample."""
+    """Generator's arguments from the shapes of weights: for --sample of a file that lacks .config.
+
+    Change it when you change Generator's layers.
+    """
+    # Weights of Linear layers, (out, in): those of BatchNorm have one dimension.
     first, *_, last = [w for name, w in state.items() if name.startswith("main.") and w.ndim == 2]
     width, nz = first.shape
     outputs = len(last)
-    nc = 1 if math.isqrt(outputs) ** 2 == outputs else 3  # 3 * size * size is never a square
+    nc = 1 if math.isqrt(outputs) ** 2 == outputs else 3  # 3 if that is no square
     return {"nz": nz, "ngf": width // 4, "nc": nc, "img_size": math.isqrt(outputs // nc)}
 
 # ------------------------------------------------------------------------------------------ losses
+# All get raw logits of shape (N): edit these for another loss.
 
 def d_loss(real_logits, fake_logits):
     """-log D(x) - log(1 - D(G(z))): minus equation 1 of the paper, which netD maximises."""
@@ -144,18 +154,23 @@ def g_loss(fake_logits):
     return F.binary_cross_entropy_with_logits(fake_logits, torch.ones_like(fake_logits))
 
 def gradient_penalty(netD, real):
-    """R1, Mescheder et al. 2018, eq. 9: half the squared norm of d logit / d image, at real images."""
+    """R1, Mescheder et al. 2018, eq. 9: half the squared norm of d logit / d image, at real images.
+
+    Divided by the number of channels, so that one weight suits both grey and RGB.
+    """
     x = real.detach().requires_grad_()
-    logits = netD.forward(x)  # .forward skips torch.compile, which cannot differentiate twice
-    ones = torch.ones_like(logits)  # the gradient of their sum: each image gets its own
+    logits = netD.forward(x)  # not netD(x): what --compile makes of it has no second derivative
+    ones = torch.ones_like(logits)  # as for logits.sum(), which is wrong on Macs (pytorch#180201)
     (grad,) = torch.autograd.grad(logits, x, ones, create_graph=True)
     squared = grad.square().sum((1, 2, 3))
-    return squared.mean() / 2 / x.shape[1]  # by nc, so that one weight suits both grey and RGB
+    channels = x.shape[1]
+    return squared.mean() / 2 / channels
 
 # ---------------------------------------------------------------------------------------- training
 
 def train(args):
-    # run: .device, .classes, .done (from 0 to 1), .epoch, .autocast, .parallel, .log, .steps
+    # The plumbing. run.done: the fraction of the run that is over. run.autocast(): bfloat16 where it
+    # is fast, which needs no GradScaler. run.log({name: tensor}): the mean goes to the log.
     run = Run(args)
     netG = Generator(args.nz, args.ngf, args.nc, args.img_size)
     netD = Discriminator(args.nc, args.ndf, args.img_size, args.dropout)
@@ -163,46 +178,49 @@ def train(args):
         weights_init(net)
         net.to(run.device)
 
-    # What is sampled: the average of netG's weights. Its BatchNorm statistics are not averaged but
-    # measured anew before each save (measure_batchnorm, below).
+    # Pictures are drawn from this moving average of netG's weights, updated at the end of the loop.
+    # Its BatchNorm statistics are not averaged: the plumbing measures them anew before each save.
     netG_ema = copy.deepcopy(netG).eval().requires_grad_(False)
-    betas = (args.beta1, args.beta2)
+    betas = (args.beta1, args.beta2)  # (0.5, 0.999)
     optG = torch.optim.Adam(netG.parameters(), args.lr_g, betas, fused=True)
     optD = torch.optim.Adam(netD.parameters(), args.lr_d, betas, fused=True)
 
-    # DistributedDataParallel under torchrun, else netG and netD. --compile compiles these in place.
+    # Under torchrun DistributedDataParallel, which averages gradients over the processes; else netG
+    # and netD themselves. --compile compiles netG and netD in place.
     ddpG = run.parallel(netG)
     ddpD = run.parallel(netD)
 
-    # run.steps yields (step, images, labels). With --resume it first restores what is given here.
-    # After each pass, and after a `continue`, it logs, saves and draws if that is due.
+    # run.steps yields the step, from 0 on, images in [-1, 1] and labels. What it is given here goes
+    # into checkpoints, and --resume restores it. After each pass, and after a `continue`, it logs,
+    # saves and draws if that is due; after the last one in any case.
     for step, real, _ in run.steps(netG=netG, netD=netD, netG_ema=netG_ema, optG=optG, optD=optD):
         factor = 1
-        if args.lr_decay == "linear":  # to 0, from the middle of the run on
+        if args.lr_decay == "linear":  # 1, and from the middle of the run on a line down to 0
             factor = min(1, 2 - 2 * run.done)
         optG.param_groups[0]["lr"] = factor * args.lr_g
         optD.param_groups[0]["lr"] = factor * args.lr_d
-        g_step = (step + 1) % args.d_steps == 0
+        train_g = (step + 1) % args.d_steps == 0
 
-        # D step: tell real from fake, in one pass, for there is no BatchNorm in netD.
+        # D step: tell real from fake, in one pass. With BatchNorm in netD it would have to be two.
         z = torch.randn(len(real), args.nz, device=run.device)
         with run.autocast():
-            with torch.set_grad_enabled(g_step):  # the graph is for the G step
+            with torch.set_grad_enabled(train_g):  # fake's graph is for the G step
                 fake = ddpG(z)
             logits = ddpD(torch.cat((real, fake.detach()))).float()  # losses are in fp32
         real_logits, fake_logits = logits.chunk(2)
         loss_d = d_loss(real_logits, fake_logits)
         run.log({"loss_d": loss_d, "D(x)": real_logits.sigmoid(), "D(G(z))": fake_logits.sigmoid()})
-        if args.gp_weight > 0 and step % args.gp_every == 0:  # enough: StyleGAN2, appendix B
-            loss_d = loss_d + args.gp_every * args.gp_weight * gradient_penalty(netD, real)
+        if args.gp_weight > 0 and step % args.gp_every == 0:  # "lazy": StyleGAN2, appendix B
+            penalty = gradient_penalty(netD, real)
+            loss_d = loss_d + args.gp_every * args.gp_weight * penalty
         optD.zero_grad()
         loss_d.backward()
         optD.step()
-        if not g_step:
+        if not train_g:
             continue
 
-        # G step: make the same fakes pass for real. netD is frozen: the gradient goes through it to
-        # netG. And it is netD, not ddpD, which would wait for gradients of netD's weights.
+        # G step: make the same fakes pass for real. netD is frozen: the gradient only goes through it,
+        # to netG. Not ddpD: DistributedDataParallel would wait for gradients of netD's weights.
         netD.requires_grad_(False)
         with run.autocast():
             fake_logits = netD(fake).float()
@@ -213,7 +231,7 @@ def train(args):
         optG.step()
         netD.requires_grad_(True)
 
-        decay = min(args.ema, (1 + step) / (10 + step))  # quick at first; 0: a copy
+        decay = min(args.ema, (1 + step) / (10 + step))  # 0.1 at first, 0.999 from step 8990 on
         with torch.no_grad():
             for average, w in zip(netG_ema.parameters(), netG.parameters()):
                 average.lerp_(w, 1 - decay)
@@ -265,7 +283,7 @@ positive = functools.partial(number, int, 1, 2**31 - 1)
 count = functools.partial(number, int, 0, 2**31 - 1)
 at_least_2 = functools.partial(number, int, 2, 2**31 - 1)
 seed = functools.partial(number, int, 0, 2**63 - 1)
-weight = functools.partial(number, float, 0, 1e38)
+not_negative = functools.partial(number, float, 0, 1e38)
 fraction = functools.partial(number, float, 0, 1)
 below_1 = functools.partial(number, float, 0, 0.999999)
 
@@ -309,9 +327,9 @@ def make_parser():
     flag("--max_steps", type=positive, action=Length, help="length of the run, in steps of netD")
     flag("--epochs", type=positive, action=Length, help="the same in passes over the data")
     flag("--batch_size", type=at_least_2, help="images per process and step")
-    flag("--lr", type=weight, action=BothRates, default=argparse.SUPPRESS, help="both rates")
-    flag("--lr_g", type=weight, help="learning rate of netG")
-    flag("--lr_d", type=weight, help="learning rate of netD")
+    flag("--lr", type=not_negative, action=BothRates, default=argparse.SUPPRESS, help="both rates")
+    flag("--lr_g", type=not_negative, help="learning rate of netG")
+    flag("--lr_d", type=not_negative, help="learning rate of netD")
     flag("--beta1", type=below_1, default=0.5, help="Adam's first-moment decay")
     flag("--beta2", type=below_1, default=0.999, help="Adam's second-moment decay")
 

@@ -142,8 +142,10 @@ def test_quality(capsys, digits):
     assert real["FID"] < threes["FID"]
     assert real["FID"] < noise["FID"] / 10
     assert real["FID 2"] < noise["FID 2"] / 10
-    assert max(typical["spread"], typical["spread 2"]) < 0.1
-    assert min(real["spread"], real["spread 2"]) > 0.5
+    assert real["FID 3"] < noise["FID 3"] / 10
+    assert max(typical["spread"], typical["spread 2"], typical["spread 3"]) < 0.1
+    assert min(real["spread"], real["spread 2"], real["spread 3"]) > 0.5
+    assert real["confidence"] > 0.8
     assert real["classes"] > 9.8
     assert threes["classes"] < 1.5
     assert threes["recall"] < real["recall"]

@@ -20,7 +20,8 @@ def test_gan_and_dcgan_make_and_judge_every_size(script, size):
         assert images.shape == (2, nc, size, size)
         assert images.abs().max() <= 1
         assert torch.isfinite(netD(images)).tolist() == [True, True]
-        assert script.config_of(netG.state_dict()) == netG.config == {"nz": 5, "ngf": 2, "nc": nc, "img_size": size}
+        script.Generator(**netG.config).load_state_dict(netG.state_dict())
+        script.Generator(**script.config_of(netG.state_dict())).load_state_dict(netG.state_dict())
 
 @pytest.mark.parametrize("size", SIZES)
 def test_acgan_makes_and_judges_every_size(size):
@@ -28,7 +29,15 @@ def test_acgan_makes_and_judges_every_size(size):
     images = netG(torch.randn(2, 5, 1, 1), torch.tensor([0, 6]))
     adv, aux = netD(images)
     assert (images.shape, adv.shape, aux.shape) == ((2, 3, size, size), (2,), (2, 7))
-    assert acgan.config_of(netG.state_dict()) == netG.config
+    acgan.Generator(**acgan.config_of(netG.state_dict())).load_state_dict(netG.state_dict())
+
+def test_large_nets_are_no_wider_than_eight_times_ngf_but_wider_ones_of_others_load():
+    for script, more in ((dcgan, {}), (acgan, {"n_classes": 3})):
+        netG = script.Generator(5, 2, 3, 256, **more)
+        assert max(len(w) for w in netG.parameters() if w.ndim == 4) == 16  # in channels of a transposed convolution
+        theirs = script.Generator(5, 2, 3, 128, widest=16, **more)
+        assert script.config_of(theirs.state_dict()) == theirs.config
+    assert max(len(w) for w in dcgan.Discriminator(3, 2, 256).parameters()) == 16
 
 def test_spectral_norm_bounds_every_layer():
     torch.manual_seed(0)
