@@ -57,7 +57,7 @@ METHOD = "dcgan"  # the method's name in checkpoints: change it in a copy that i
 # ------------------------------------------------------------------------------------------- flags
 
 # Default values, written as flags. --recipe paper puts the second string on top of the first. Flags
-# that are not defined just below, such as --batch_size and --nc, are defined in the plumbing.
+# that are not defined just below, such as --batch_size and --nc, are in make_parser.
 RECIPES = {
     "default": "--ngf 64 --ndf 32 --batch_size 32 --lr_g 2e-3 --lr_d 1e-3 --lr_decay linear"
                " --gp r1 --gp_weight 0.3 --ema 0.999",
@@ -252,7 +252,8 @@ def lr_factor(args, run):
     return 1
 
 def train(args):
-    # The plumbing. run.done: the fraction of the run that is over. run.epoch: passes over the data.
+    # Run, further down, is the plumbing: devices, data, log, checkpoints.
+    # run.done: the fraction of the run that is over. run.epoch: passes over the data.
     # run.autocast(): bfloat16 where it is fast, which needs no GradScaler. run.log({name: tensor}):
     # the mean goes to the log.
     run = Run(args)

@@ -56,7 +56,7 @@ METHOD = "gan"  # the method's name in checkpoints: change it in a copy that is 
 # ------------------------------------------------------------------------------------------- flags
 
 # Default values, written as flags. --recipe paper puts the second string on top of the first. Flags
-# that are not defined just below, such as --batch_size and --nc, are defined in the plumbing.
+# that are not defined just below, such as --batch_size and --nc, are in make_parser.
 RECIPES = {
     "default": "--ngf 64 --ndf 64 --batch_size 128 --lr_g 1e-3 --lr_d 5e-4 --lr_decay linear"
                " --gp_weight 5 --ema 0.999 --max_steps 15000",
@@ -169,7 +169,8 @@ def gradient_penalty(netD, real):
 # ---------------------------------------------------------------------------------------- training
 
 def train(args):
-    # The plumbing. run.done: the fraction of the run that is over. run.autocast(): bfloat16 where it
+    # Run, further down, is the plumbing: devices, data, log, checkpoints.
+    # run.done: the fraction of the run that is over. run.autocast(): bfloat16 where it
     # is fast, which needs no GradScaler. run.log({name: tensor}): the mean goes to the log.
     run = Run(args)
     netG = Generator(args.nz, args.ngf, args.nc, args.img_size)
