@@ -5,17 +5,19 @@ fake and, with a second head, the class. The nets are DCGAN's.
 
     python acgan.py                                            # embedded digits, no download
     python acgan.py --dataset cifar10                          # or class folders, or a .zip of them
-    python acgan.py --recipe paper                             # the paper's losses, widths, rates
+    python acgan.py --recipe paper                             # near to the paper, on DCGAN's nets
     python acgan.py --resume                                   # go on with the last stopped run
     python acgan.py --sample runs/acgan-digits --labels 3,7    # a column for each class
     torchrun --nproc_per_node 2 acgan.py                       # one process for each GPU
 
-The default is not the paper's. Its class head has 2n classes: n for real images, n for fakes
-(ADC-GAN, Hou et al. 2022); with the paper's n, pictures of a class become alike. Average and rates
-are dcgan.py's; the penalty is heavier, and covers the class. MNIST takes 344 s on one core of an AMD
-EPYC, to FID 1.0 by a small classifier, which sees 99 % as asked for (benchmarks/RESULTS.md).
+The default is not the paper's. netD's class head has 2n outputs for n classes: n for real images,
+n for fakes (ADC-GAN, Hou et al. 2022); with the paper's n, netG loses variety within a class. The
+rest is as in dcgan.py: a gradient penalty (R1; here heavier, and of the class, too), an average of
+netG's weights, small nets and batches, and high learning rates, which fall to 0. In both recipes z
+is multiplied by the class. MNIST takes 6 minutes on one core of an AMD EPYC (benchmarks/RESULTS.md).
 """
 
+# The method needs copy, math, torch, F and nn. The others are for the plumbing, at the end.
 import argparse
 import contextlib
 import copy
@@ -52,40 +54,40 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-METHOD = "acgan"  # the method's name in checkpoints: change it in a copy that is another one
+METHOD = "acgan"  # kept in checkpoints; in a copy with another method, change it
 
 # ------------------------------------------------------------------------------------------- flags
 
-# Default values, written as flags. --recipe paper puts the second string on top of the first. Flags
-# that are not defined just below, such as --batch_size and --nc, are in make_parser.
+# Default values, written as flags. --recipe paper changes those in its string, and no others.
+# --batch_size, --lr_g, --lr_d, --beta1, --beta2, --nc and --max_steps are defined in make_parser.
 RECIPES = {
     "default": "--ngf 64 --ndf 32 --batch_size 32 --lr_g 2e-3 --lr_d 1e-3 --lr_decay linear"
                " --gp_weight 0.9 --ema 0.999 --aux adc",
-    # Appendix A: rates and dropout for CIFAR-10; the widths are near to those of its nets.
+    # Appendix A, CIFAR-10: rates, batch, dropout; at --img_size 32 netG's widths, nearly netD's.
     "paper": "--ngf 96 --ndf 64 --batch_size 100 --lr_g 2e-4 --lr_d 2e-4 --lr_decay none"
              " --gp_weight 0 --ema 0 --aux acgan --dropout 0.5",
 }
 
 def add_method_flags(group):
-    # Where there is no default=, it is in RECIPES. The types only check the number: positive is 1 or
-    # more, not_negative 0 or more, below_1 from 0 to less than 1, fraction from 0 to 1.
+    # Flags without default= have theirs in RECIPES. positive: an integer from 1 on; count: from 0.
+    # not_negative: a float from 0 on; below_1: from 0 to less than 1; fraction: from 0 to 1.
     flag = group.add_argument
     flag("--img_size", type=int, choices=(16, 32, 64, 128, 256), default=64, help="height and width")
     flag("--nz", type=positive, default=100, help="size of the latent vector")
     flag("--ngf", type=positive, help="channels of netG's last hidden layer")
     flag("--ndf", type=positive, help="channels of netD's first layer")
     flag("--dropout", type=below_1, default=0.0, help="dropout probability in netD")
-    flag("--aux", choices=("adc", "acgan"), help="acgan: n classes; adc: 2n")
+    flag("--aux", choices=("adc", "acgan"), help="acgan: n outputs for n classes; adc: 2n")
     flag("--aux_g", type=not_negative, default=1.0, help="weight of the class loss in netG's loss")
     flag("--real_label", type=fraction, default=1.0, help="target for real (0.9: smoothed)")
     flag("--fake_label", type=fraction, default=0.0, help="target for fake (0.1: smoothed)")
     flag("--gp_weight", type=not_negative, help="weight of the gradient penalty; 0: none")
     flag("--gp_every", type=positive, default=4, help="penalty in every N-th step only, times N")
-    flag("--ema", type=below_1, help="decay of netG's moving average, which is sampled; 0: netG")
+    flag("--ema", type=below_1, help="decay of netG's average, which draws the samples; 0: none")
     flag("--d_steps", type=positive, default=1, help="netD steps, on new images, for one of netG")
     flag("--pretrain_d", type=count, default=0, metavar="STEPS",
          help="train netD first, with its class head, on pictures of the untrained netG")
-    flag("--lr_decay", choices=("none", "linear"), help="linear: to 0 in the run's second half")
+    flag("--lr_decay", choices=("none", "linear"), help="linear: to 0 in the second half")
 
 # -------------------------------------------------------------------------------------------- nets
 
@@ -97,6 +99,7 @@ class Generator(nn.Module):
         self.config = {"nz": nz, "ngf": ngf, "nc": nc, "img_size": img_size, "n_classes": n_classes,
                        "widest": widest}
         self.label_emb = nn.Embedding(n_classes, nz)
+        # widest: no layer has more than widest * ngf channels.
         stages = int(math.log2(img_size)) - 3  # each doubles height and width; 3 at img_size 64
         channels = ngf * min(2**stages, widest)
         layers = [nn.ConvTranspose2d(nz, channels, 4, 1, 0, bias=False)]  # (ngf*8) x 4 x 4
@@ -110,7 +113,7 @@ class Generator(nn.Module):
         self.main = nn.Sequential(*layers)
 
     def forward(self, z, labels):
-        z = z.flatten(1) * self.label_emb(labels)  # the paper appends the class; so z stays nz wide
+        z = z.flatten(1) * self.label_emb(labels)  # the paper appends the class to z
         if z.is_cuda:  # the same, strided as channels_last: else --compile fails (pytorch#171622)
             return self.main(z[:, None, None].permute(0, 3, 1, 2))
         return self.main(z[:, :, None, None])
@@ -139,20 +142,20 @@ class Discriminator(nn.Module):
         return self.adv(x).flatten(), self.aux(x).flatten(1)
 
 def weights_init(net):
-    """N(0, 0.02), BatchNorm scales N(1, 0.02): section 4 of DCGAN's paper. label_emb: N(0, 1)."""
+    """N(0, 0.02), section 4 of DCGAN's paper; BatchNorm scales N(1, 0.02), as in its code."""
     for m in net.modules():
         if isinstance(m, nn.BatchNorm2d):
             nn.init.normal_(m.weight, 1.0, 0.02)
         if not isinstance(m, (nn.Conv2d, nn.ConvTranspose2d)):
             continue
         for w in m.parameters():
-            if w.ndim == 1:  # a bias
+            if w.ndim == 1:  # the bias of aux
                 nn.init.zeros_(w)
             else:
                 nn.init.normal_(w, 0.0, 0.02)
 
 def config_of(state):
-    """Generator's arguments from the shapes of weights: for --sample of a file that lacks .config.
+    """Generator's arguments, read off its weights: for --sample of a state dict saved without them.
 
     Change it when you change Generator's layers.
     """
@@ -160,13 +163,15 @@ def config_of(state):
     nz = convs[0].shape[0]  # a ConvTranspose2d's weight is (in, out, 4, 4)
     ngf, nc = convs[-1].shape[:2]
     widest = convs[0].shape[1] // ngf
-    config = {"nz": nz, "ngf": ngf, "nc": nc, "img_size": 2 ** (len(convs) + 1), "widest": widest}
-    return config | {"n_classes": len(state["label_emb.weight"])}
+    img_size = 2 ** (len(convs) + 1)  # 5 layers at 64
+    n_classes = len(state["label_emb.weight"])
+    return {"nz": nz, "ngf": ngf, "nc": nc, "img_size": img_size, "n_classes": n_classes,
+            "widest": widest}
 
 # ------------------------------------------------------------------------------------------ losses
 
 def d_loss(real_logits, fake_logits, args):
-    """-log D(x) - log(1 - D(G(z))), Goodfellow et al. 2014, eq. 1: minus the paper's L_S."""
+    """-log D(x) - log(1 - D(G(z))): minus the paper's L_S, and GAN's eq. 1."""
     real_target = torch.full_like(real_logits, args.real_label)
     fake_target = torch.full_like(fake_logits, args.fake_label)
     real_loss = F.binary_cross_entropy_with_logits(real_logits, real_target)
@@ -177,10 +182,27 @@ def g_loss(fake_logits):
     """-log D(G(z)), the non-saturating loss of Goodfellow et al. 2014, section 3."""
     return F.binary_cross_entropy_with_logits(fake_logits, torch.ones_like(fake_logits))
 
-def g_class_loss(class_logits, labels, fake_offset):
-    """-log P(k) of fakes of class k: of minus the paper's L_C the part that depends on netG.
+def gradient_penalty(netD, real, labels, fake_offset):
+    """R1, Mescheder et al. 2018, eq. 9: half the squared gradient of netD's score at real images.
 
-    adc: minus -log P(n + k), too. What both divide by cancels: logit n + k minus logit k is left.
+    The score is the logit; adc: plus class logit k, minus class logit n + k, for images of class k.
+    Divided by nc, unlike there: so one --gp_weight suits both grey and RGB.
+    """
+    x = real.detach().requires_grad_()
+    score, class_logits = netD.forward(x)  # .forward: --compile's netD(x) has no second derivative
+    if fake_offset:
+        rows = torch.arange(len(x), device=x.device)
+        score = score + class_logits[rows, labels] - class_logits[rows, labels + fake_offset]
+    ones = torch.ones_like(score)  # to add them up; .sum() is wrong on Macs (pytorch#180201)
+    (grad,) = torch.autograd.grad(score, x, ones, create_graph=True)
+    squared = grad.square().sum((1, 2, 3))
+    nc = x.shape[1]
+    return squared.mean() / 2 / nc
+
+def g_class_loss(class_logits, labels, fake_offset):
+    """-log P(k) of fakes of class k: what netG can change in minus the paper's L_C.
+
+    adc: -log P(k) + log P(n + k), which is logit n + k minus logit k.
     """
     loss = F.cross_entropy(class_logits, labels)
     if fake_offset:
@@ -188,30 +210,16 @@ def g_class_loss(class_logits, labels, fake_offset):
     return loss
 
 def accuracy(class_logits, labels, n):
-    """acc_real and acc_fake of the log: is the class right, as a real (k) or a fake one (n + k)?"""
+    """(N) True where the class is right, be it seen as a real one (k) or a fake one (n + k)."""
     return class_logits.argmax(1) % n == labels
-
-def gradient_penalty(netD, real, labels, fake_offset):
-    """R1, Mescheder et al. 2018, eq. 9: half the squared gradient of netD's score at real images.
-
-    The score is the first head's logit; adc: plus the logit of the class minus that of its fakes.
-    """
-    x = real.detach().requires_grad_()
-    logits, class_logits = netD.forward(x)  # not netD(x): --compile's has no second derivative
-    score = logits.sum()
-    if fake_offset:  # len(x): the loss is a mean over images, the score is a sum
-        score = score - len(x) * g_class_loss(class_logits, labels, fake_offset)
-    (grad,) = torch.autograd.grad(score, x, create_graph=True)
-    squared = grad.square().sum((1, 2, 3))
-    return squared.mean() / 2 / x.shape[1]  # by nc, so that one weight suits both grey and RGB
 
 # ---------------------------------------------------------------------------------------- training
 
 def train(args):
     # Run, further down, is the plumbing: devices, data, log, checkpoints.
-    # run.done: the fraction of the run that is over. run.autocast(): bfloat16 where it
-    # is fast, which needs no GradScaler. run.log({name: tensor}): the mean goes to the log.
-    run = Run(args, labelled=True)
+    # run.done: the fraction of the run that is over. run.autocast(): bfloat16 where it is fast,
+    # which needs no GradScaler. run.log({name: tensor}) detaches, and logs means over some steps.
+    run = Run(args, labelled=True)  # only images that have a class
     n = len(run.classes)
     fake_offset = n if args.aux == "adc" else 0  # netD learns to see fakes as label + fake_offset
     netG = Generator(args.nz, args.ngf, args.nc, args.img_size, n)
@@ -221,47 +229,48 @@ def train(args):
         net.to(run.device, memory_format=run.memory_format)
 
     # Pictures are drawn from this moving average of netG's weights, updated at the end of the loop.
-    # Its BatchNorm statistics are not averaged: the plumbing measures them anew before each save.
+    # Its BatchNorm statistics are not averaged: they are measured anew, on random z, at each save.
     netG_ema = copy.deepcopy(netG).eval().requires_grad_(False)
-    betas = (args.beta1, args.beta2)  # (0.5, 0.999)
+    betas = (args.beta1, args.beta2)  # by default (0.5, 0.999), as in DCGAN
     optG = torch.optim.Adam(netG.parameters(), args.lr_g, betas, fused=True)
     optD = torch.optim.Adam(netD.parameters(), args.lr_d, betas, fused=True)
 
-    # Under torchrun DistributedDataParallel, which averages gradients over the processes; else netG
-    # and netD themselves. --compile compiles netG and netD in place.
+    # run.parallel(net) is DistributedDataParallel(net) under torchrun, which averages the gradients
+    # of all processes, and net itself otherwise. With --compile it compiles net in place.
     ddpG = run.parallel(netG)
     ddpD = run.parallel(netD)
 
-    # run.steps yields the step, from 0 on, images in [-1, 1] and labels. What it is given here goes
-    # into checkpoints, and --resume restores it. After each pass, and after a `continue`, it logs,
-    # saves and draws if that is due; after the last one in any case.
+    # run.steps yields the step, from 0 on, images in [-1, 1] and labels. Its arguments are what
+    # checkpoints keep and --resume restores. After each turn of the loop, also one that ends by
+    # `continue`, it logs, saves and draws if that is due; after the last one in any case.
     for step, real, labels in run.steps(netG=netG, netD=netD, netG_ema=netG_ema, optG=optG, optD=optD):
         factor = 1
-        if args.lr_decay == "linear":  # 1, and from the middle of the run on a line down to 0
+        if args.lr_decay == "linear":  # 1 in the first half, then a straight line to 0
             factor = min(1, 2 - 2 * run.done)
         optG.param_groups[0]["lr"] = factor * args.lr_g
         optD.param_groups[0]["lr"] = factor * args.lr_d
         train_g = step >= args.pretrain_d and (step + 1) % args.d_steps == 0
 
-        # D step: tell real from fake, and the class, in two passes: BatchNorm must not mix them.
-        # Fakes are of the classes of the real images.
+        # D step: tell real from fake, and the class. In two passes, for BatchNorm must not mix real
+        # and fake. The fakes are of the same classes as the real images.
         z = torch.randn(len(real), args.nz, device=run.device)
         with run.autocast():
-            with torch.set_grad_enabled(train_g):  # fake's graph is for the G step
+            with torch.set_grad_enabled(train_g):  # the G step goes back through fake
                 fake = ddpG(z, labels)
             real_logits, real_class = ddpD(real)
             fake_logits, fake_class = ddpD(fake.detach())
         real_logits, real_class = real_logits.float(), real_class.float()
         fake_logits, fake_class = fake_logits.float(), fake_class.float()
         loss_d = d_loss(real_logits, fake_logits, args)
+        # In the log loss_d is without the class loss and the penalty.
         run.log({"loss_d": loss_d, "D(x)": real_logits.sigmoid(), "D(G(z))": fake_logits.sigmoid()})
+        run.log({"acc_real": accuracy(real_class, labels, n)})
+        run.log({"acc_fake": accuracy(fake_class, labels, n)})
         class_loss = F.cross_entropy(real_class, labels)
         class_loss = class_loss + F.cross_entropy(fake_class, labels + fake_offset)
-        acc_real = accuracy(real_class, labels, n)
-        acc_fake = accuracy(fake_class, labels, n)
-        run.log({"acc_real": acc_real, "acc_fake": acc_fake})
         loss_d = loss_d + class_loss
         if args.gp_weight > 0 and step % args.gp_every == 0:  # "lazy": StyleGAN2, appendix B
+            # Not ddpD: they have the same weights, so its backward averages this gradient, too.
             penalty = gradient_penalty(netD, real, labels, fake_offset)
             loss_d = loss_d + args.gp_every * args.gp_weight * penalty
         optD.zero_grad()
@@ -271,7 +280,8 @@ def train(args):
             continue
 
         # G step: make the same fakes pass for real, and be seen as their class. netD is frozen: the
-        # gradient only goes through it, to netG. Not ddpD: it would wait for those of netD's weights.
+        # gradient only goes through it, to netG. Not ddpD: DistributedDataParallel would wait for
+        # gradients of netD's weights.
         netD.requires_grad_(False)
         with run.autocast():
             fake_logits, fake_class = netD(fake)
@@ -283,17 +293,17 @@ def train(args):
         optG.step()
         netD.requires_grad_(True)
 
-        decay = min(args.ema, (1 + step) / (10 + step))  # 0.1 at first, 0.999 from step 8990 on
+        decay = min(args.ema, (1 + step) / (10 + step))  # warm-up: 0.1 at first, 0.999 from 8990 on
         with torch.no_grad():
             for average, w in zip(netG_ema.parameters(), netG.parameters()):
-                average.lerp_(w, 1 - decay)
+                average.lerp_(w, 1 - decay)  # decay * average + (1 - decay) * w
 
 # ---------------------------------------------------------------------------------------- PLUMBING
 # The same lines in gan.py, dcgan.py and acgan.py. They need from above:
 # - METHOD, another one in a copy that is another method; add_method_flags, with --nz, --img_size and
 #   --d_steps; RECIPES, with --batch_size, --lr_g, --lr_d and each method flag that has no default
 # - Generator, called as netG(z, labels), with exactly its arguments in .config: nz, nc, img_size, and
-#   n_classes if it takes labels, which are int64 and, where there are no classes, all 0. Latents
+#   n_classes if it takes labels, which are int64 and, for a net without classes, all 0. Latents
 #   are always N(0, 1): it turns them into whatever else it needs
 # - config_of, its arguments read off somebody's state dict
 # - train(args), which makes nets and optimizers, and gives them to run.steps, netG_ema among them
@@ -511,7 +521,7 @@ def find_celeba(args):
     for found in sorted(glob.glob(pattern, recursive=True)):
         if os.path.isdir(found) or found.endswith(".zip"):
             return Path(found)
-    return Path(download(args).root, "celeba")
+    return Path(download(args).root, "celeba", "img_align_celeba")  # as it is found the next time
 
 def download(args):
     """torchvision's data set of this name, which it downloads where it is not there yet."""

@@ -5,16 +5,18 @@ netD learns to tell real pictures from netG's, netG to make pictures that netD t
 
     python dcgan.py                               # embedded digits, no download
     python dcgan.py --dataset celeba --ngf 128    # 64x64 RGB; or mnist, a folder, a .zip
-    python dcgan.py --recipe paper                # as the paper trains, but for a normal z
+    python dcgan.py --recipe paper                # as the paper trains, except that z is normal
     python dcgan.py --resume                      # go on with the last run that was stopped
     python dcgan.py --sample runs/dcgan-digits    # a grid of new pictures
     torchrun --nproc_per_node 2 dcgan.py          # one process for each GPU
 
-The default is not the paper's: it has a gradient penalty (R1), an average of netG's weights, smaller
-nets and batches, and learning rates 10 (netG) and 5 (netD) times the paper's, which fall to 0. 22,839
-faces at 64x64 take 122 minutes on one core of an AMD EPYC, MNIST takes 6 (benchmarks/RESULTS.md).
+The default is not the paper's: it has a gradient penalty (R1), an average of netG's weights,
+smaller nets and batches, and learning rates 10 (netG) and 5 (netD) times the paper's, which fall to
+0. 64x64 faces (UTKFace) take 122 minutes on one core of an AMD EPYC, MNIST takes 6
+(benchmarks/RESULTS.md).
 """
 
+# The method needs copy, math, torch, F, nn and spectral_norm. The others are for the plumbing.
 import argparse
 import contextlib
 import copy
@@ -52,12 +54,12 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils.parametrizations import spectral_norm
 from tqdm import tqdm
 
-METHOD = "dcgan"  # the method's name in checkpoints: change it in a copy that is another one
+METHOD = "dcgan"  # kept in checkpoints; in a copy with another method, change it
 
 # ------------------------------------------------------------------------------------------- flags
 
-# Default values, written as flags. --recipe paper puts the second string on top of the first. Flags
-# that are not defined just below, such as --batch_size and --nc, are in make_parser.
+# Default values, written as flags. --recipe paper changes those in its string, and no others.
+# --batch_size, --lr_g, --lr_d, --beta1, --beta2, --nc and --max_steps are defined in make_parser.
 RECIPES = {
     "default": "--ngf 64 --ndf 32 --batch_size 32 --lr_g 2e-3 --lr_d 1e-3 --lr_decay linear"
                " --gp r1 --gp_weight 0.3 --ema 0.999",
@@ -67,8 +69,8 @@ RECIPES = {
 }
 
 def add_method_flags(group):
-    # Where there is no default=, it is in RECIPES. The types only check the number: positive is 1 or
-    # more, not_negative 0 or more, below_1 from 0 to less than 1, fraction from 0 to 1.
+    # Flags without default= have theirs in RECIPES. positive: an integer from 1 on; count: from 0.
+    # not_negative: a float from 0 on; below_1: from 0 to less than 1; fraction: from 0 to 1.
     flag = group.add_argument
     flag("--img_size", type=int, choices=(16, 32, 64, 128, 256), default=64, help="height and width")
     flag("--nz", type=positive, default=100, help="size of the latent vector")
@@ -82,9 +84,9 @@ def add_method_flags(group):
     flag("--real_label", type=fraction, default=1.0, help="bce: target for real (0.9: smoothed)")
     flag("--fake_label", type=fraction, default=0.0, help="bce: target for fake (0.1: smoothed)")
     flag("--gp", choices=("none", "r1", "interpolate"), help="gradient penalty on netD")
-    flag("--gp_weight", type=not_negative, help="weight of --gp")
+    flag("--gp_weight", type=not_negative, help="weight of --gp; interpolate: 10 in its paper")
     flag("--gp_every", type=positive, default=4, help="penalty in every N-th step only, times N")
-    flag("--ema", type=below_1, help="decay of netG's moving average, which is sampled; 0: netG")
+    flag("--ema", type=below_1, help="decay of netG's average, which draws the samples; 0: none")
     flag("--d_steps", type=positive, default=1, help="netD steps, on new images, for one of netG")
     flag("--pretrain_d", type=count, default=0,
          metavar="STEPS", help="train netD first, on pictures of the untrained netG")
@@ -92,16 +94,17 @@ def add_method_flags(group):
     flag("--optim_g", choices=("adam", "rmsprop"), default="adam", help="optimizer of netG")
     flag("--optim_d", choices=("adam", "rmsprop"), default="adam", help="optimizer of netD")
     flag("--lr_decay", choices=("none", "linear", "step"), help="linear: to 0 in the second half")
-    flag("--lr_step", type=positive, default=10, metavar="EPOCHS", help="step: halve after each")
+    flag("--lr_step", type=positive, default=10, metavar="N", help="step: halve every N epochs")
 
 # -------------------------------------------------------------------------------------------- nets
 
 class Generator(nn.Module):
     """(N, nz) latents ~ N(0, 1) -> (N, nc, img_size, img_size) images in [-1, 1].
 
-    Radford et al. 2016, figure 1, at img_size 64 and ngf 128. Names and order of the layers are those
-    of pytorch/examples, so that its state dicts load. At 128 and 256 no layer has more than 8 * ngf
-    channels; with ngf 64 these are 512, StyleGAN's bound.
+    Radford et al. 2016, figure 1, at img_size 64 and ngf 128, with kernels of 4x4, not 5x5. Names
+    and order of the layers are those of pytorch/examples, so that its state dicts load. No layer has
+    more than widest * ngf channels; with ngf 64 these are 512, StyleGAN's bound. Only config_of gives
+    another widest than 8, for files of others.
     """
 
     def __init__(self, nz=100, ngf=64, nc=3, img_size=64, widest=8):
@@ -150,26 +153,26 @@ class Discriminator(nn.Module):
         return self.main(x).flatten()
 
 def weights_init(net, init="dcgan"):
-    """N(0, 0.02), BatchNorm scales N(1, 0.02): section 4 of the paper. Or He's, or Xavier's."""
+    """N(0, 0.02), section 4; BatchNorm scales N(1, 0.02), their code. Or He's, or Xavier's."""
     for m in net.modules():
         if isinstance(m, nn.BatchNorm2d):
             nn.init.normal_(m.weight, 1.0, 0.02)
         if not isinstance(m, (nn.Conv2d, nn.ConvTranspose2d)):
             continue
-        for w in m.parameters():  # not m.weight: spectral norm has it under another name
+        for w in m.parameters():  # not m.weight: with spectral norm it has another name
             if w.ndim == 1:  # a bias
                 nn.init.zeros_(w)
             elif init == "dcgan":
                 nn.init.normal_(w, 0.0, 0.02)
             elif init == "xavier":
                 nn.init.xavier_normal_(w)
-            elif isinstance(m, nn.ConvTranspose2d):  # (in, out, 4, 4): PyTorch swaps the fans
+            elif isinstance(m, nn.ConvTranspose2d):  # (in, out, 4, 4): fans are swapped
                 nn.init.kaiming_normal_(w, mode="fan_out", nonlinearity="relu")
             else:
                 nn.init.kaiming_normal_(w, a=0.2, mode="fan_in")  # the slope of LeakyReLU
 
 def config_of(state):
-    """Generator's arguments from the shapes of weights: for --sample of a file that lacks .config.
+    """Generator's arguments, read off its weights: for --sample of a state dict saved without them.
 
     Change it when you change Generator's layers.
     """
@@ -177,7 +180,8 @@ def config_of(state):
     nz = convs[0].shape[0]  # a ConvTranspose2d's weight is (in, out, 4, 4)
     ngf, nc = convs[-1].shape[:2]
     widest = convs[0].shape[1] // ngf
-    return {"nz": nz, "ngf": ngf, "nc": nc, "img_size": 2 ** (len(convs) + 1), "widest": widest}
+    img_size = 2 ** (len(convs) + 1)  # 5 layers at 64
+    return {"nz": nz, "ngf": ngf, "nc": nc, "img_size": img_size, "widest": widest}
 
 # ------------------------------------------------------------------------------------------ losses
 
@@ -198,19 +202,24 @@ def g_loss(fake_logits, args):
     return F.binary_cross_entropy_with_logits(fake_logits, torch.ones_like(fake_logits))
 
 def gradient_penalty(netD, real, fake, kind):
-    """r1: Mescheder et al. 2018, eq. 9. interpolate: Gulrajani et al. 2017, eq. 3. In fp32."""
+    """r1: Mescheder et al. 2018, eq. 9. interpolate: Gulrajani et al. 2017, eq. 3. Not in bf16.
+
+    r1 is divided by nc, unlike there: so one --gp_weight suits both grey and RGB. With BatchNorm in
+    netD the gradient of an image also goes through the others of its batch.
+    """
     if kind == "r1":
         x = real
     else:
         a = torch.rand(len(real), 1, 1, 1, device=real.device)
         x = a * fake + (1 - a) * real
     x = x.detach().requires_grad_()
-    logits = netD.forward(x)  # not netD(x): what --compile makes of it has no second derivative
-    ones = torch.ones_like(logits)  # as for logits.sum(), which is wrong on Macs (pytorch#180201)
+    logits = netD.forward(x)  # --compile replaces netD(x) only, by what has no second derivative
+    ones = torch.ones_like(logits)  # to add them up; .sum() is wrong on Macs (pytorch#180201)
     (grad,) = torch.autograd.grad(logits, x, ones, create_graph=True)
     squared = grad.square().sum((1, 2, 3))
-    if kind == "r1":  # divided by nc, so that one weight suits both grey and RGB
-        return squared.mean() / 2 / x.shape[1]
+    if kind == "r1":
+        nc = x.shape[1]
+        return squared.mean() / 2 / nc
     norm = (squared + 1e-12).sqrt()
     return (norm - 1).square().mean()
 
@@ -254,8 +263,8 @@ def lr_factor(args, run):
 def train(args):
     # Run, further down, is the plumbing: devices, data, log, checkpoints.
     # run.done: the fraction of the run that is over. run.epoch: passes over the data.
-    # run.autocast(): bfloat16 where it is fast, which needs no GradScaler. run.log({name: tensor}):
-    # the mean goes to the log.
+    # run.autocast(): bfloat16 where it is fast, which needs no GradScaler. run.log({name: tensor})
+    # detaches, and logs means over some steps.
     run = Run(args)
     netG = Generator(args.nz, args.ngf, args.nc, args.img_size)
     netD = Discriminator(args.nc, args.ndf, args.img_size, args.sn, args.dropout)
@@ -264,20 +273,20 @@ def train(args):
         net.to(run.device, memory_format=run.memory_format)
 
     # Pictures are drawn from this moving average of netG's weights, updated at the end of the loop.
-    # Its BatchNorm statistics are not averaged: the plumbing measures them anew before each save.
+    # Its BatchNorm statistics are not averaged: they are measured anew, on random z, at each save.
     netG_ema = copy.deepcopy(netG).eval().requires_grad_(False)
     optG = make_optimizer(args.optim_g, netG, args.lr_g, args)
     optD = make_optimizer(args.optim_d, netD, args.lr_d, args)
     replay = Replay(args.replay)
 
-    # Under torchrun DistributedDataParallel, which averages gradients over the processes; else netG
-    # and netD themselves. --compile compiles netG and netD in place.
+    # run.parallel(net) is DistributedDataParallel(net) under torchrun, which averages the gradients
+    # of all processes, and net itself otherwise. With --compile it compiles net in place.
     ddpG = run.parallel(netG)
     ddpD = run.parallel(netD)
 
-    # run.steps yields the step, from 0 on, images in [-1, 1] and labels. What it is given here goes
-    # into checkpoints, and --resume restores it. After each pass, and after a `continue`, it logs,
-    # saves and draws if that is due; after the last one in any case.
+    # run.steps yields the step, from 0 on, images in [-1, 1] and labels. Its arguments are what
+    # checkpoints keep and --resume restores. After each turn of the loop, also one that ends by
+    # `continue`, it logs, saves and draws if that is due; after the last one in any case.
     for step, real, _ in run.steps(netG=netG, netD=netD, netG_ema=netG_ema, optG=optG, optD=optD,
                                    replay=replay):
         factor = lr_factor(args, run)
@@ -285,16 +294,18 @@ def train(args):
         optD.param_groups[0]["lr"] = factor * args.lr_d
         train_g = step >= args.pretrain_d and (step + 1) % args.d_steps == 0
 
-        # D step: tell real from fake, in two passes: BatchNorm must not mix them.
+        # D step: tell real from fake. In two passes, for BatchNorm must not mix real and fake.
         z = torch.randn(len(real), args.nz, device=run.device)
         with run.autocast():
-            with torch.set_grad_enabled(train_g):  # fake's graph is for the G step
+            with torch.set_grad_enabled(train_g):  # the G step goes back through fake
                 fake = ddpG(z)
             real_logits = ddpD(real).float()
             fake_logits = ddpD(replay(fake.detach())).float()
         loss_d = d_loss(real_logits, fake_logits, args)
+        # In the log loss_d is without the penalty. D is the sigmoid of netD, as in cross-entropy.
         run.log({"loss_d": loss_d, "D(x)": real_logits.sigmoid(), "D(G(z))": fake_logits.sigmoid()})
         if args.gp != "none" and step % args.gp_every == 0:  # "lazy": StyleGAN2, appendix B
+            # Not ddpD: they have the same weights, so its backward averages this gradient, too.
             penalty = gradient_penalty(netD, real, fake, args.gp)
             loss_d = loss_d + args.gp_every * args.gp_weight * penalty
         optD.zero_grad()
@@ -303,8 +314,8 @@ def train(args):
         if not train_g:
             continue
 
-        # G step: make the same fakes pass for real. netD is frozen: the gradient only goes through it,
-        # to netG. Not ddpD: DistributedDataParallel would wait for gradients of netD's weights.
+        # G step: make the same fakes pass for real. netD is frozen: the gradient only goes through
+        # it, to netG. Not ddpD: DistributedDataParallel would wait for gradients of netD's weights.
         netD.requires_grad_(False)
         with run.autocast():
             fake_logits = netD(fake).float()
@@ -315,17 +326,17 @@ def train(args):
         optG.step()
         netD.requires_grad_(True)
 
-        decay = min(args.ema, (1 + step) / (10 + step))  # 0.1 at first, 0.999 from step 8990 on
+        decay = min(args.ema, (1 + step) / (10 + step))  # warm-up: 0.1 at first, 0.999 from 8990 on
         with torch.no_grad():
             for average, w in zip(netG_ema.parameters(), netG.parameters()):
-                average.lerp_(w, 1 - decay)
+                average.lerp_(w, 1 - decay)  # decay * average + (1 - decay) * w
 
 # ---------------------------------------------------------------------------------------- PLUMBING
 # The same lines in gan.py, dcgan.py and acgan.py. They need from above:
 # - METHOD, another one in a copy that is another method; add_method_flags, with --nz, --img_size and
 #   --d_steps; RECIPES, with --batch_size, --lr_g, --lr_d and each method flag that has no default
 # - Generator, called as netG(z, labels), with exactly its arguments in .config: nz, nc, img_size, and
-#   n_classes if it takes labels, which are int64 and, where there are no classes, all 0. Latents
+#   n_classes if it takes labels, which are int64 and, for a net without classes, all 0. Latents
 #   are always N(0, 1): it turns them into whatever else it needs
 # - config_of, its arguments read off somebody's state dict
 # - train(args), which makes nets and optimizers, and gives them to run.steps, netG_ema among them
@@ -543,7 +554,7 @@ def find_celeba(args):
     for found in sorted(glob.glob(pattern, recursive=True)):
         if os.path.isdir(found) or found.endswith(".zip"):
             return Path(found)
-    return Path(download(args).root, "celeba")
+    return Path(download(args).root, "celeba", "img_align_celeba")  # as it is found the next time
 
 def download(args):
     """torchvision's data set of this name, which it downloads where it is not there yet."""

@@ -11,10 +11,11 @@ netG's, netG learns to make pictures that netD takes for real.
     torchrun --nproc_per_node 2 gan.py        # one process for each GPU
 
 The default is not the paper's: it has a gradient penalty (R1), an average of netG's weights, and
-learning rates that fall to 0. Both recipes have Adam, BatchNorm in netG and LeakyReLU in netD, where
-the paper has momentum, no BatchNorm, and maxout in netD.
+learning rates that fall to 0. Both recipes have Adam, BatchNorm in netG and LeakyReLU in netD,
+where the paper has momentum, no BatchNorm, and maxout in netD.
 """
 
+# The method needs copy, math, torch, F and nn. The others are for the plumbing, at the end.
 import argparse
 import contextlib
 import copy
@@ -51,12 +52,12 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-METHOD = "gan"  # the method's name in checkpoints: change it in a copy that is another one
+METHOD = "gan"  # kept in checkpoints; in a copy with another method, change it
 
 # ------------------------------------------------------------------------------------------- flags
 
-# Default values, written as flags. --recipe paper puts the second string on top of the first. Flags
-# that are not defined just below, such as --batch_size and --nc, are in make_parser.
+# Default values, written as flags. --recipe paper changes those in its string, and no others.
+# --batch_size, --lr_g, --lr_d, --beta1, --beta2, --nc and --max_steps are defined in make_parser.
 RECIPES = {
     "default": "--ngf 64 --ndf 64 --batch_size 128 --lr_g 1e-3 --lr_d 5e-4 --lr_decay linear"
                " --gp_weight 5 --ema 0.999 --max_steps 15000",
@@ -66,8 +67,8 @@ RECIPES = {
 }
 
 def add_method_flags(group):
-    # Where there is no default=, it is in RECIPES. The types only check the number: positive is 1 or
-    # more, not_negative 0 or more, below_1 from 0 to less than 1.
+    # Flags without default= have theirs in RECIPES. positive: an integer from 1 on. not_negative: a
+    # float from 0 on; below_1: from 0 to less than 1.
     flag = group.add_argument
     flag("--img_size", type=positive, default=32, help="height and width")
     flag("--nz", type=positive, default=100, help="size of the latent vector")
@@ -76,9 +77,9 @@ def add_method_flags(group):
     flag("--dropout", type=below_1, default=0.0, help="dropout probability in netD")
     flag("--gp_weight", type=not_negative, help="weight of the gradient penalty; 0: none")
     flag("--gp_every", type=positive, default=4, help="penalty in every N-th step only, times N")
-    flag("--ema", type=below_1, help="decay of netG's moving average, which is sampled; 0: netG")
+    flag("--ema", type=below_1, help="decay of netG's average, which draws the samples; 0: none")
     flag("--d_steps", type=positive, default=1, help="netD steps for one of netG: the paper's k")
-    flag("--lr_decay", choices=("none", "linear"), help="linear: to 0 in the run's second half")
+    flag("--lr_decay", choices=("none", "linear"), help="linear: to 0 in the second half")
 
 # -------------------------------------------------------------------------------------------- nets
 
@@ -100,8 +101,8 @@ class Generator(nn.Module):
             nn.Unflatten(1, (nc, img_size, img_size)),
         )
 
-    def forward(self, z, labels=None):  # the plumbing gives labels, too: not used here
-        return self.main(z.flatten(1))  # (N, nz, 1, 1) will do, too
+    def forward(self, z, labels=None):  # sampling gives labels, too: not used here
+        return self.main(z.flatten(1))  # DCGAN's (N, nz, 1, 1) will do, too
 
 class Discriminator(nn.Module):
     """(N, nc, img_size, img_size) images in [-1, 1] -> (N) logits: real if positive."""
@@ -125,23 +126,22 @@ def weights_init(net):
     """Kaiming He's normal weights, zero biases. With DCGAN's N(0, 0.02) these nets collapse."""
     for m in net.modules():
         if isinstance(m, nn.Linear):
-            nn.init.kaiming_normal_(m.weight, a=0.2)  # LeakyReLU's slope; near to netG's ReLU
+            nn.init.kaiming_normal_(m.weight, a=0.2)  # netD's slope; good for netG's ReLU, too
             nn.init.zeros_(m.bias)
 
 def config_of(state):
-    """Generator's arguments from the shapes of weights: for --sample of a file that lacks .config.
+    """Generator's arguments, read off its weights: for --sample of a state dict saved without them.
 
     Change it when you change Generator's layers.
     """
-    # Weights of Linear layers, (out, in): those of BatchNorm have one dimension.
-    first, *_, last = [w for name, w in state.items() if name.startswith("main.") and w.ndim == 2]
-    width, nz = first.shape
-    outputs = len(last)
-    nc = 1 if math.isqrt(outputs) ** 2 == outputs else 3  # 3 if that is no square
+    linears = [w for name, w in state.items() if name.startswith("main.") and w.ndim == 2]
+    width, nz = linears[0].shape  # (out, in)
+    outputs = len(linears[-1])  # nc * img_size**2: a square if nc is 1, none if nc is 3
+    nc = 1 if math.isqrt(outputs) ** 2 == outputs else 3
     return {"nz": nz, "ngf": width // 4, "nc": nc, "img_size": math.isqrt(outputs // nc)}
 
 # ------------------------------------------------------------------------------------------ losses
-# All get raw logits of shape (N): edit these for another loss.
+# For another loss edit these. One that needs more than logits (N), changes its call in train, too.
 
 def d_loss(real_logits, fake_logits):
     """-log D(x) - log(1 - D(G(z))): minus equation 1 of the paper, which netD maximises."""
@@ -156,22 +156,22 @@ def g_loss(fake_logits):
 def gradient_penalty(netD, real):
     """R1, Mescheder et al. 2018, eq. 9: half the squared norm of d logit / d image, at real images.
 
-    Divided by the number of channels, so that one weight suits both grey and RGB.
+    Divided by nc, unlike there: so one --gp_weight suits both grey and RGB.
     """
     x = real.detach().requires_grad_()
-    logits = netD.forward(x)  # not netD(x): what --compile makes of it has no second derivative
-    ones = torch.ones_like(logits)  # as for logits.sum(), which is wrong on Macs (pytorch#180201)
+    logits = netD.forward(x)  # --compile replaces netD(x) only, by what has no second derivative
+    ones = torch.ones_like(logits)  # to add them up; .sum() is wrong on Macs (pytorch#180201)
     (grad,) = torch.autograd.grad(logits, x, ones, create_graph=True)
     squared = grad.square().sum((1, 2, 3))
-    channels = x.shape[1]
-    return squared.mean() / 2 / channels
+    nc = x.shape[1]
+    return squared.mean() / 2 / nc
 
 # ---------------------------------------------------------------------------------------- training
 
 def train(args):
     # Run, further down, is the plumbing: devices, data, log, checkpoints.
-    # run.done: the fraction of the run that is over. run.autocast(): bfloat16 where it
-    # is fast, which needs no GradScaler. run.log({name: tensor}): the mean goes to the log.
+    # run.done: the fraction of the run that is over. run.autocast(): bfloat16 where it is fast,
+    # which needs no GradScaler. run.log({name: tensor}) detaches, and logs means over some steps.
     run = Run(args)
     netG = Generator(args.nz, args.ngf, args.nc, args.img_size)
     netD = Discriminator(args.nc, args.ndf, args.img_size, args.dropout)
@@ -180,38 +180,40 @@ def train(args):
         net.to(run.device)
 
     # Pictures are drawn from this moving average of netG's weights, updated at the end of the loop.
-    # Its BatchNorm statistics are not averaged: the plumbing measures them anew before each save.
+    # Its BatchNorm statistics are not averaged: they are measured anew, on random z, at each save.
     netG_ema = copy.deepcopy(netG).eval().requires_grad_(False)
-    betas = (args.beta1, args.beta2)  # (0.5, 0.999)
+    betas = (args.beta1, args.beta2)  # by default (0.5, 0.999), as in DCGAN
     optG = torch.optim.Adam(netG.parameters(), args.lr_g, betas, fused=True)
     optD = torch.optim.Adam(netD.parameters(), args.lr_d, betas, fused=True)
 
-    # Under torchrun DistributedDataParallel, which averages gradients over the processes; else netG
-    # and netD themselves. --compile compiles netG and netD in place.
+    # run.parallel(net) is DistributedDataParallel(net) under torchrun, which averages the gradients
+    # of all processes, and net itself otherwise. With --compile it compiles net in place.
     ddpG = run.parallel(netG)
     ddpD = run.parallel(netD)
 
-    # run.steps yields the step, from 0 on, images in [-1, 1] and labels. What it is given here goes
-    # into checkpoints, and --resume restores it. After each pass, and after a `continue`, it logs,
-    # saves and draws if that is due; after the last one in any case.
+    # run.steps yields the step, from 0 on, images in [-1, 1] and labels. Its arguments are what
+    # checkpoints keep and --resume restores. After each turn of the loop, also one that ends by
+    # `continue`, it logs, saves and draws if that is due; after the last one in any case.
     for step, real, _ in run.steps(netG=netG, netD=netD, netG_ema=netG_ema, optG=optG, optD=optD):
         factor = 1
-        if args.lr_decay == "linear":  # 1, and from the middle of the run on a line down to 0
+        if args.lr_decay == "linear":  # 1 in the first half, then a straight line to 0
             factor = min(1, 2 - 2 * run.done)
         optG.param_groups[0]["lr"] = factor * args.lr_g
         optD.param_groups[0]["lr"] = factor * args.lr_d
-        train_g = (step + 1) % args.d_steps == 0
+        train_g = (step + 1) % args.d_steps == 0  # all steps train netD, some netG, too
 
         # D step: tell real from fake, in one pass. With BatchNorm in netD it would have to be two.
         z = torch.randn(len(real), args.nz, device=run.device)
         with run.autocast():
-            with torch.set_grad_enabled(train_g):  # fake's graph is for the G step
+            with torch.set_grad_enabled(train_g):  # the G step goes back through fake
                 fake = ddpG(z)
-            logits = ddpD(torch.cat((real, fake.detach()))).float()  # losses are in fp32
+            logits = ddpD(torch.cat((real, fake.detach()))).float()  # losses in fp32
         real_logits, fake_logits = logits.chunk(2)
         loss_d = d_loss(real_logits, fake_logits)
+        # In the log loss_d is without the penalty. D is the sigmoid of netD, as in cross-entropy.
         run.log({"loss_d": loss_d, "D(x)": real_logits.sigmoid(), "D(G(z))": fake_logits.sigmoid()})
         if args.gp_weight > 0 and step % args.gp_every == 0:  # "lazy": StyleGAN2, appendix B
+            # Not ddpD: they have the same weights, so its backward averages this gradient, too.
             penalty = gradient_penalty(netD, real)
             loss_d = loss_d + args.gp_every * args.gp_weight * penalty
         optD.zero_grad()
@@ -220,8 +222,8 @@ def train(args):
         if not train_g:
             continue
 
-        # G step: make the same fakes pass for real. netD is frozen: the gradient only goes through it,
-        # to netG. Not ddpD: DistributedDataParallel would wait for gradients of netD's weights.
+        # G step: make the same fakes pass for real. netD is frozen: the gradient only goes through
+        # it, to netG. Not ddpD: DistributedDataParallel would wait for gradients of netD's weights.
         netD.requires_grad_(False)
         with run.autocast():
             fake_logits = netD(fake).float()
@@ -232,17 +234,17 @@ def train(args):
         optG.step()
         netD.requires_grad_(True)
 
-        decay = min(args.ema, (1 + step) / (10 + step))  # 0.1 at first, 0.999 from step 8990 on
+        decay = min(args.ema, (1 + step) / (10 + step))  # warm-up: 0.1 at first, 0.999 from 8990 on
         with torch.no_grad():
             for average, w in zip(netG_ema.parameters(), netG.parameters()):
-                average.lerp_(w, 1 - decay)
+                average.lerp_(w, 1 - decay)  # decay * average + (1 - decay) * w
 
 # ---------------------------------------------------------------------------------------- PLUMBING
 # The same lines in gan.py, dcgan.py and acgan.py. They need from above:
 # - METHOD, another one in a copy that is another method; add_method_flags, with --nz, --img_size and
 #   --d_steps; RECIPES, with --batch_size, --lr_g, --lr_d and each method flag that has no default
 # - Generator, called as netG(z, labels), with exactly its arguments in .config: nz, nc, img_size, and
-#   n_classes if it takes labels, which are int64 and, where there are no classes, all 0. Latents
+#   n_classes if it takes labels, which are int64 and, for a net without classes, all 0. Latents
 #   are always N(0, 1): it turns them into whatever else it needs
 # - config_of, its arguments read off somebody's state dict
 # - train(args), which makes nets and optimizers, and gives them to run.steps, netG_ema among them
@@ -460,7 +462,7 @@ def find_celeba(args):
     for found in sorted(glob.glob(pattern, recursive=True)):
         if os.path.isdir(found) or found.endswith(".zip"):
             return Path(found)
-    return Path(download(args).root, "celeba")
+    return Path(download(args).root, "celeba", "img_align_celeba")  # as it is found the next time
 
 def download(args):
     """torchvision's data set of this name, which it downloads where it is not there yet."""
