@@ -17,7 +17,7 @@ netG's weights, small nets and batches, and high learning rates, which fall to 0
 is multiplied by the class. MNIST takes 6 minutes on one core of an AMD EPYC (benchmarks/RESULTS.md).
 """
 
-# The method needs copy, math, torch, F and nn. The others are for the plumbing, at the end.
+# The method needs copy, math, torch, F and nn. The others are for the lower part of the file.
 import argparse
 import contextlib
 import copy
@@ -59,7 +59,8 @@ METHOD = "acgan"  # kept in checkpoints; in a copy with another method, change i
 # ------------------------------------------------------------------------------------------- flags
 
 # Default values, written as flags. --recipe paper changes those in its string, and no others.
-# --batch_size, --lr_g, --lr_d, --beta1, --beta2, --nc and --max_steps are defined in make_parser.
+# --batch_size (of each process), --lr_g, --lr_d, --beta1, --beta2, --nc and --max_steps are defined
+# in make_parser.
 RECIPES = {
     "default": "--ngf 64 --ndf 32 --batch_size 32 --lr_g 2e-3 --lr_d 1e-3 --lr_decay linear"
                " --gp_weight 0.9 --ema 0.999 --aux adc",
@@ -155,7 +156,7 @@ def weights_init(net):
                 nn.init.normal_(w, 0.0, 0.02)
 
 def config_of(state):
-    """Generator's arguments, read off its weights: for --sample of a state dict saved without them.
+    """Generator's arguments, read off its weights: --sample needs them where a file lacks them.
 
     Change it when you change Generator's layers.
     """
@@ -186,14 +187,15 @@ def gradient_penalty(netD, real, labels, fake_offset):
     """R1, Mescheder et al. 2018, eq. 9: half the squared gradient of netD's score at real images.
 
     The score is the logit; adc: plus class logit k, minus class logit n + k, for images of class k.
-    Divided by nc, unlike there: so one --gp_weight suits both grey and RGB.
+    Divided by nc, unlike there: in trials one --gp_weight then suited both grey and RGB.
     """
     x = real.detach().requires_grad_()
-    score, class_logits = netD.forward(x)  # .forward: --compile's netD(x) has no second derivative
+    # Not netD(x), which --compile compiles: without a second derivative.
+    score, class_logits = netD.forward(x)
     if fake_offset:
         rows = torch.arange(len(x), device=x.device)
         score = score + class_logits[rows, labels] - class_logits[rows, labels + fake_offset]
-    ones = torch.ones_like(score)  # to add them up; .sum() is wrong on Macs (pytorch#180201)
+    ones = torch.ones_like(score)  # as score.sum(), which is wrong on Macs (pytorch#180201)
     (grad,) = torch.autograd.grad(score, x, ones, create_graph=True)
     squared = grad.square().sum((1, 2, 3))
     nc = x.shape[1]
@@ -229,20 +231,20 @@ def train(args):
         net.to(run.device, memory_format=run.memory_format)
 
     # Pictures are drawn from this moving average of netG's weights, updated at the end of the loop.
-    # Its BatchNorm statistics are not averaged: they are measured anew, on random z, at each save.
+    # Its BatchNorm statistics are not averaged: run.steps measures them, on random z, at each save.
     netG_ema = copy.deepcopy(netG).eval().requires_grad_(False)
     betas = (args.beta1, args.beta2)  # by default (0.5, 0.999), as in DCGAN
     optG = torch.optim.Adam(netG.parameters(), args.lr_g, betas, fused=True)
     optD = torch.optim.Adam(netD.parameters(), args.lr_d, betas, fused=True)
 
-    # run.parallel(net) is DistributedDataParallel(net) under torchrun, which averages the gradients
-    # of all processes, and net itself otherwise. With --compile it compiles net in place.
+    # run.parallel(net): under torchrun DistributedDataParallel(net), which averages the gradients of
+    # all processes; otherwise net itself. --compile compiles net in place.
     ddpG = run.parallel(netG)
     ddpD = run.parallel(netD)
 
-    # run.steps yields the step, from 0 on, images in [-1, 1] and labels. Its arguments are what
-    # checkpoints keep and --resume restores. After each turn of the loop, also one that ends by
-    # `continue`, it logs, saves and draws if that is due; after the last one in any case.
+    # run.steps yields the step, from 0 on, images in [-1, 1] and labels. Its arguments are kept in
+    # checkpoints by these names, and --resume restores them. After each turn of the loop, also one
+    # that ends by `continue`, it logs, saves and draws if that is due.
     for step, real, labels in run.steps(netG=netG, netD=netD, netG_ema=netG_ema, optG=optG, optD=optD):
         factor = 1
         if args.lr_decay == "linear":  # 1 in the first half, then a straight line to 0
@@ -255,14 +257,14 @@ def train(args):
         # and fake. The fakes are of the same classes as the real images.
         z = torch.randn(len(real), args.nz, device=run.device)
         with run.autocast():
-            with torch.set_grad_enabled(train_g):  # the G step goes back through fake
+            with torch.set_grad_enabled(train_g):  # the G step, if there is one, needs fake's graph
                 fake = ddpG(z, labels)
             real_logits, real_class = ddpD(real)
             fake_logits, fake_class = ddpD(fake.detach())
         real_logits, real_class = real_logits.float(), real_class.float()
         fake_logits, fake_class = fake_logits.float(), fake_class.float()
         loss_d = d_loss(real_logits, fake_logits, args)
-        # In the log loss_d is without the class loss and the penalty.
+        # The log has loss_d without class loss and penalty. D is the sigmoid of netD's first head.
         run.log({"loss_d": loss_d, "D(x)": real_logits.sigmoid(), "D(G(z))": fake_logits.sigmoid()})
         run.log({"acc_real": accuracy(real_class, labels, n)})
         run.log({"acc_fake": accuracy(fake_class, labels, n)})
@@ -270,7 +272,7 @@ def train(args):
         class_loss = class_loss + F.cross_entropy(fake_class, labels + fake_offset)
         loss_d = loss_d + class_loss
         if args.gp_weight > 0 and step % args.gp_every == 0:  # "lazy": StyleGAN2, appendix B
-            # Not ddpD: they have the same weights, so its backward averages this gradient, too.
+            # netD will do: ddpD has the same weights, and backward averages their whole gradient.
             penalty = gradient_penalty(netD, real, labels, fake_offset)
             loss_d = loss_d + args.gp_every * args.gp_weight * penalty
         optD.zero_grad()
@@ -293,7 +295,8 @@ def train(args):
         optG.step()
         netD.requires_grad_(True)
 
-        decay = min(args.ema, (1 + step) / (10 + step))  # warm-up: 0.1 at first, 0.999 from 8990 on
+        # Decay rises from 0.1 to args.ema, to 0.999 at step 8990. With --ema 0 the average is netG.
+        decay = min(args.ema, (1 + step) / (10 + step))
         with torch.no_grad():
             for average, w in zip(netG_ema.parameters(), netG.parameters()):
                 average.lerp_(w, 1 - decay)  # decay * average + (1 - decay) * w
@@ -320,6 +323,8 @@ DATASETS = {  # what changes the defaults for a data set
     "cifar10": "--img_size 32 --hflip",
     "celeba": "--hflip",
 }
+
+MAX_EPOCHS = 200  # few images are known by heart after more: the pictures get worse again
 
 class UserError(Exception):
     """An error that the user can mend: main() makes one line of it, without a traceback."""
@@ -350,7 +355,7 @@ fraction = functools.partial(number, float, 0, 1)
 below_1 = functools.partial(number, float, 0, 0.999999)
 
 class Length(argparse.Action):
-    """--max_steps or --epochs: the last one counts, and unsets the other."""
+    """--max_steps or --epochs: the last one that is given counts, and unsets the other."""
 
     def __call__(self, parser, args, value, flag=None):
         args.max_steps = args.epochs = None
@@ -387,7 +392,7 @@ def make_parser():
     flag = parser.add_argument_group("optimisation").add_argument
     flag("--recipe", choices=RECIPES, default="default", help="paper: what its authors chose")
     flag("--max_steps", type=positive, action=Length, help="length of the run, in steps of netD")
-    flag("--epochs", type=positive, action=Length, help="the same in passes over the data")
+    flag("--epochs", type=positive, action=Length, help="or in passes over the data; if both, the less")
     flag("--batch_size", type=at_least_2, help="images per process and step")
     flag("--lr", type=not_negative, action=BothRates, default=argparse.SUPPRESS, help="both rates")
     flag("--lr_g", type=not_negative, help="learning rate of netG")
@@ -431,6 +436,7 @@ def get_args(argv=None):
         RECIPES[typed.get("recipe", "default")],
     ]
     values = vars(parser.parse_args(" ".join(layers).split()))
+    values["epochs"] = values["epochs"] or MAX_EPOCHS  # whichever is over first
     path = None
     if "resume" in typed:
         path = last_checkpoint(typed["resume"] or typed.get("out_dir") or newest_stopped_run())
@@ -1076,9 +1082,12 @@ class Run:
     def plan(self):
         """How long the run is, how often it saves, and what its grids show."""
         args = self.args
-        self.total = args.max_steps
+        lengths = []
+        if args.max_steps:
+            lengths.append(args.max_steps)
         if args.epochs:
-            self.total = self.step + (args.epochs * self.epoch_size - self.seen) // self.batch
+            lengths.append(self.step + (args.epochs * self.epoch_size - self.seen) // self.batch)
+        self.total = min(lengths)
         if self.step >= self.total:
             done = f"{args.resume} has done its {self.step} steps"
             raise UserError(f"--resume: {done}; give more --max_steps or --epochs")

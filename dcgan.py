@@ -16,7 +16,7 @@ smaller nets and batches, and learning rates 10 (netG) and 5 (netD) times the pa
 (benchmarks/RESULTS.md).
 """
 
-# The method needs copy, math, torch, F, nn and spectral_norm. The others are for the plumbing.
+# The method needs copy, math, torch, F, nn, spectral_norm. The others are for the lower part.
 import argparse
 import contextlib
 import copy
@@ -59,7 +59,8 @@ METHOD = "dcgan"  # kept in checkpoints; in a copy with another method, change i
 # ------------------------------------------------------------------------------------------- flags
 
 # Default values, written as flags. --recipe paper changes those in its string, and no others.
-# --batch_size, --lr_g, --lr_d, --beta1, --beta2, --nc and --max_steps are defined in make_parser.
+# --batch_size (of each process), --lr_g, --lr_d, --beta1, --beta2, --nc and --max_steps are defined
+# in make_parser.
 RECIPES = {
     "default": "--ngf 64 --ndf 32 --batch_size 32 --lr_g 2e-3 --lr_d 1e-3 --lr_decay linear"
                " --gp r1 --gp_weight 0.3 --ema 0.999",
@@ -123,7 +124,7 @@ class Generator(nn.Module):
         layers += [nn.ConvTranspose2d(ngf, nc, 4, 2, 1, bias=False), nn.Tanh()]  # nc x 64 x 64
         self.main = nn.Sequential(*layers)
 
-    def forward(self, z, labels=None):  # the plumbing gives labels, too: not used here
+    def forward(self, z, labels=None):  # labels: for nets with classes
         z = z.flatten(1)
         if z.is_cuda:  # the same, strided as channels_last: else --compile fails (pytorch#171622)
             return self.main(z[:, None, None].permute(0, 3, 1, 2))
@@ -172,7 +173,7 @@ def weights_init(net, init="dcgan"):
                 nn.init.kaiming_normal_(w, a=0.2, mode="fan_in")  # the slope of LeakyReLU
 
 def config_of(state):
-    """Generator's arguments, read off its weights: for --sample of a state dict saved without them.
+    """Generator's arguments, read off its weights: --sample needs them where a file lacks them.
 
     Change it when you change Generator's layers.
     """
@@ -204,8 +205,8 @@ def g_loss(fake_logits, args):
 def gradient_penalty(netD, real, fake, kind):
     """r1: Mescheder et al. 2018, eq. 9. interpolate: Gulrajani et al. 2017, eq. 3. Not in bf16.
 
-    r1 is divided by nc, unlike there: so one --gp_weight suits both grey and RGB. With BatchNorm in
-    netD the gradient of an image also goes through the others of its batch.
+    r1 is divided by nc, unlike there: in trials one --gp_weight then suited both grey and RGB. With
+    BatchNorm in netD the gradient of an image also goes through the others of its batch.
     """
     if kind == "r1":
         x = real
@@ -213,8 +214,8 @@ def gradient_penalty(netD, real, fake, kind):
         a = torch.rand(len(real), 1, 1, 1, device=real.device)
         x = a * fake + (1 - a) * real
     x = x.detach().requires_grad_()
-    logits = netD.forward(x)  # --compile replaces netD(x) only, by what has no second derivative
-    ones = torch.ones_like(logits)  # to add them up; .sum() is wrong on Macs (pytorch#180201)
+    logits = netD.forward(x)  # not netD(x), which --compile compiles: without a second derivative
+    ones = torch.ones_like(logits)  # as logits.sum(), which is wrong on Macs (pytorch#180201)
     (grad,) = torch.autograd.grad(logits, x, ones, create_graph=True)
     squared = grad.square().sum((1, 2, 3))
     if kind == "r1":
@@ -273,20 +274,20 @@ def train(args):
         net.to(run.device, memory_format=run.memory_format)
 
     # Pictures are drawn from this moving average of netG's weights, updated at the end of the loop.
-    # Its BatchNorm statistics are not averaged: they are measured anew, on random z, at each save.
+    # Its BatchNorm statistics are not averaged: run.steps measures them, on random z, at each save.
     netG_ema = copy.deepcopy(netG).eval().requires_grad_(False)
     optG = make_optimizer(args.optim_g, netG, args.lr_g, args)
     optD = make_optimizer(args.optim_d, netD, args.lr_d, args)
     replay = Replay(args.replay)
 
-    # run.parallel(net) is DistributedDataParallel(net) under torchrun, which averages the gradients
-    # of all processes, and net itself otherwise. With --compile it compiles net in place.
+    # run.parallel(net): under torchrun DistributedDataParallel(net), which averages the gradients of
+    # all processes; otherwise net itself. --compile compiles net in place.
     ddpG = run.parallel(netG)
     ddpD = run.parallel(netD)
 
-    # run.steps yields the step, from 0 on, images in [-1, 1] and labels. Its arguments are what
-    # checkpoints keep and --resume restores. After each turn of the loop, also one that ends by
-    # `continue`, it logs, saves and draws if that is due; after the last one in any case.
+    # run.steps yields the step, from 0 on, images in [-1, 1] and labels. Its arguments are kept in
+    # checkpoints by these names, and --resume restores them. After each turn of the loop, also one
+    # that ends by `continue`, it logs, saves and draws if that is due.
     for step, real, _ in run.steps(netG=netG, netD=netD, netG_ema=netG_ema, optG=optG, optD=optD,
                                    replay=replay):
         factor = lr_factor(args, run)
@@ -297,15 +298,15 @@ def train(args):
         # D step: tell real from fake. In two passes, for BatchNorm must not mix real and fake.
         z = torch.randn(len(real), args.nz, device=run.device)
         with run.autocast():
-            with torch.set_grad_enabled(train_g):  # the G step goes back through fake
+            with torch.set_grad_enabled(train_g):  # the G step, if there is one, needs fake's graph
                 fake = ddpG(z)
             real_logits = ddpD(real).float()
             fake_logits = ddpD(replay(fake.detach())).float()
         loss_d = d_loss(real_logits, fake_logits, args)
-        # In the log loss_d is without the penalty. D is the sigmoid of netD, as in cross-entropy.
+        # The log has loss_d without the penalty. D is the sigmoid of netD: with bce a probability.
         run.log({"loss_d": loss_d, "D(x)": real_logits.sigmoid(), "D(G(z))": fake_logits.sigmoid()})
         if args.gp != "none" and step % args.gp_every == 0:  # "lazy": StyleGAN2, appendix B
-            # Not ddpD: they have the same weights, so its backward averages this gradient, too.
+            # netD will do: ddpD has the same weights, and backward averages their whole gradient.
             penalty = gradient_penalty(netD, real, fake, args.gp)
             loss_d = loss_d + args.gp_every * args.gp_weight * penalty
         optD.zero_grad()
@@ -326,7 +327,8 @@ def train(args):
         optG.step()
         netD.requires_grad_(True)
 
-        decay = min(args.ema, (1 + step) / (10 + step))  # warm-up: 0.1 at first, 0.999 from 8990 on
+        # Decay rises from 0.1 to args.ema, to 0.999 at step 8990. With --ema 0 the average is netG.
+        decay = min(args.ema, (1 + step) / (10 + step))
         with torch.no_grad():
             for average, w in zip(netG_ema.parameters(), netG.parameters()):
                 average.lerp_(w, 1 - decay)  # decay * average + (1 - decay) * w
@@ -353,6 +355,8 @@ DATASETS = {  # what changes the defaults for a data set
     "cifar10": "--img_size 32 --hflip",
     "celeba": "--hflip",
 }
+
+MAX_EPOCHS = 200  # few images are known by heart after more: the pictures get worse again
 
 class UserError(Exception):
     """An error that the user can mend: main() makes one line of it, without a traceback."""
@@ -383,7 +387,7 @@ fraction = functools.partial(number, float, 0, 1)
 below_1 = functools.partial(number, float, 0, 0.999999)
 
 class Length(argparse.Action):
-    """--max_steps or --epochs: the last one counts, and unsets the other."""
+    """--max_steps or --epochs: the last one that is given counts, and unsets the other."""
 
     def __call__(self, parser, args, value, flag=None):
         args.max_steps = args.epochs = None
@@ -420,7 +424,7 @@ def make_parser():
     flag = parser.add_argument_group("optimisation").add_argument
     flag("--recipe", choices=RECIPES, default="default", help="paper: what its authors chose")
     flag("--max_steps", type=positive, action=Length, help="length of the run, in steps of netD")
-    flag("--epochs", type=positive, action=Length, help="the same in passes over the data")
+    flag("--epochs", type=positive, action=Length, help="or in passes over the data; if both, the less")
     flag("--batch_size", type=at_least_2, help="images per process and step")
     flag("--lr", type=not_negative, action=BothRates, default=argparse.SUPPRESS, help="both rates")
     flag("--lr_g", type=not_negative, help="learning rate of netG")
@@ -464,6 +468,7 @@ def get_args(argv=None):
         RECIPES[typed.get("recipe", "default")],
     ]
     values = vars(parser.parse_args(" ".join(layers).split()))
+    values["epochs"] = values["epochs"] or MAX_EPOCHS  # whichever is over first
     path = None
     if "resume" in typed:
         path = last_checkpoint(typed["resume"] or typed.get("out_dir") or newest_stopped_run())
@@ -1109,9 +1114,12 @@ class Run:
     def plan(self):
         """How long the run is, how often it saves, and what its grids show."""
         args = self.args
-        self.total = args.max_steps
+        lengths = []
+        if args.max_steps:
+            lengths.append(args.max_steps)
         if args.epochs:
-            self.total = self.step + (args.epochs * self.epoch_size - self.seen) // self.batch
+            lengths.append(self.step + (args.epochs * self.epoch_size - self.seen) // self.batch)
+        self.total = min(lengths)
         if self.step >= self.total:
             done = f"{args.resume} has done its {self.step} steps"
             raise UserError(f"--resume: {done}; give more --max_steps or --epochs")

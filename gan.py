@@ -15,7 +15,7 @@ learning rates that fall to 0. Both recipes have Adam, BatchNorm in netG and Lea
 where the paper has momentum, no BatchNorm, and maxout in netD.
 """
 
-# The method needs copy, math, torch, F and nn. The others are for the plumbing, at the end.
+# The method needs copy, math, torch, F and nn. The others are for the lower part of the file.
 import argparse
 import contextlib
 import copy
@@ -57,7 +57,8 @@ METHOD = "gan"  # kept in checkpoints; in a copy with another method, change it
 # ------------------------------------------------------------------------------------------- flags
 
 # Default values, written as flags. --recipe paper changes those in its string, and no others.
-# --batch_size, --lr_g, --lr_d, --beta1, --beta2, --nc and --max_steps are defined in make_parser.
+# --batch_size (of each process), --lr_g, --lr_d, --beta1, --beta2, --nc and --max_steps are defined
+# in make_parser.
 RECIPES = {
     "default": "--ngf 64 --ndf 64 --batch_size 128 --lr_g 1e-3 --lr_d 5e-4 --lr_decay linear"
                " --gp_weight 5 --ema 0.999 --max_steps 15000",
@@ -101,7 +102,7 @@ class Generator(nn.Module):
             nn.Unflatten(1, (nc, img_size, img_size)),
         )
 
-    def forward(self, z, labels=None):  # sampling gives labels, too: not used here
+    def forward(self, z, labels=None):  # labels: for nets with classes
         return self.main(z.flatten(1))  # DCGAN's (N, nz, 1, 1) will do, too
 
 class Discriminator(nn.Module):
@@ -130,18 +131,19 @@ def weights_init(net):
             nn.init.zeros_(m.bias)
 
 def config_of(state):
-    """Generator's arguments, read off its weights: for --sample of a state dict saved without them.
+    """Generator's arguments, read off its weights: --sample needs them where a file lacks them.
 
     Change it when you change Generator's layers.
     """
     linears = [w for name, w in state.items() if name.startswith("main.") and w.ndim == 2]
     width, nz = linears[0].shape  # (out, in)
-    outputs = len(linears[-1])  # nc * img_size**2: a square if nc is 1, none if nc is 3
+    outputs = len(linears[-1])  # nc * img_size**2; with nc 3 it is no square
     nc = 1 if math.isqrt(outputs) ** 2 == outputs else 3
     return {"nz": nz, "ngf": width // 4, "nc": nc, "img_size": math.isqrt(outputs // nc)}
 
 # ------------------------------------------------------------------------------------------ losses
-# For another loss edit these. One that needs more than logits (N), changes its call in train, too.
+# For another loss edit d_loss and g_loss. They get logits of shape (N). If yours needs more, change
+# its call in train, too.
 
 def d_loss(real_logits, fake_logits):
     """-log D(x) - log(1 - D(G(z))): minus equation 1 of the paper, which netD maximises."""
@@ -156,11 +158,11 @@ def g_loss(fake_logits):
 def gradient_penalty(netD, real):
     """R1, Mescheder et al. 2018, eq. 9: half the squared norm of d logit / d image, at real images.
 
-    Divided by nc, unlike there: so one --gp_weight suits both grey and RGB.
+    Divided by nc, unlike there: in trials one --gp_weight then suited both grey and RGB.
     """
     x = real.detach().requires_grad_()
-    logits = netD.forward(x)  # --compile replaces netD(x) only, by what has no second derivative
-    ones = torch.ones_like(logits)  # to add them up; .sum() is wrong on Macs (pytorch#180201)
+    logits = netD.forward(x)  # not netD(x), which --compile compiles: without a second derivative
+    ones = torch.ones_like(logits)  # as logits.sum(), which is wrong on Macs (pytorch#180201)
     (grad,) = torch.autograd.grad(logits, x, ones, create_graph=True)
     squared = grad.square().sum((1, 2, 3))
     nc = x.shape[1]
@@ -180,20 +182,20 @@ def train(args):
         net.to(run.device)
 
     # Pictures are drawn from this moving average of netG's weights, updated at the end of the loop.
-    # Its BatchNorm statistics are not averaged: they are measured anew, on random z, at each save.
+    # Its BatchNorm statistics are not averaged: run.steps measures them, on random z, at each save.
     netG_ema = copy.deepcopy(netG).eval().requires_grad_(False)
     betas = (args.beta1, args.beta2)  # by default (0.5, 0.999), as in DCGAN
     optG = torch.optim.Adam(netG.parameters(), args.lr_g, betas, fused=True)
     optD = torch.optim.Adam(netD.parameters(), args.lr_d, betas, fused=True)
 
-    # run.parallel(net) is DistributedDataParallel(net) under torchrun, which averages the gradients
-    # of all processes, and net itself otherwise. With --compile it compiles net in place.
+    # run.parallel(net): under torchrun DistributedDataParallel(net), which averages the gradients of
+    # all processes; otherwise net itself. --compile compiles net in place.
     ddpG = run.parallel(netG)
     ddpD = run.parallel(netD)
 
-    # run.steps yields the step, from 0 on, images in [-1, 1] and labels. Its arguments are what
-    # checkpoints keep and --resume restores. After each turn of the loop, also one that ends by
-    # `continue`, it logs, saves and draws if that is due; after the last one in any case.
+    # run.steps yields the step, from 0 on, images in [-1, 1] and labels. Its arguments are kept in
+    # checkpoints by these names, and --resume restores them. After each turn of the loop, also one
+    # that ends by `continue`, it logs, saves and draws if that is due.
     for step, real, _ in run.steps(netG=netG, netD=netD, netG_ema=netG_ema, optG=optG, optD=optD):
         factor = 1
         if args.lr_decay == "linear":  # 1 in the first half, then a straight line to 0
@@ -202,18 +204,19 @@ def train(args):
         optD.param_groups[0]["lr"] = factor * args.lr_d
         train_g = (step + 1) % args.d_steps == 0  # all steps train netD, some netG, too
 
-        # D step: tell real from fake, in one pass. With BatchNorm in netD it would have to be two.
+        # D step: tell real from fake, in one pass. With BatchNorm in netD make it two: else it mixes
+        # the statistics of real and fake.
         z = torch.randn(len(real), args.nz, device=run.device)
         with run.autocast():
-            with torch.set_grad_enabled(train_g):  # the G step goes back through fake
+            with torch.set_grad_enabled(train_g):  # the G step, if there is one, needs fake's graph
                 fake = ddpG(z)
             logits = ddpD(torch.cat((real, fake.detach()))).float()  # losses in fp32
         real_logits, fake_logits = logits.chunk(2)
         loss_d = d_loss(real_logits, fake_logits)
-        # In the log loss_d is without the penalty. D is the sigmoid of netD, as in cross-entropy.
+        # The log has loss_d without the penalty. D is the sigmoid of netD, a probability with this loss.
         run.log({"loss_d": loss_d, "D(x)": real_logits.sigmoid(), "D(G(z))": fake_logits.sigmoid()})
         if args.gp_weight > 0 and step % args.gp_every == 0:  # "lazy": StyleGAN2, appendix B
-            # Not ddpD: they have the same weights, so its backward averages this gradient, too.
+            # netD will do: ddpD has the same weights, and backward averages their whole gradient.
             penalty = gradient_penalty(netD, real)
             loss_d = loss_d + args.gp_every * args.gp_weight * penalty
         optD.zero_grad()
@@ -234,7 +237,8 @@ def train(args):
         optG.step()
         netD.requires_grad_(True)
 
-        decay = min(args.ema, (1 + step) / (10 + step))  # warm-up: 0.1 at first, 0.999 from 8990 on
+        # Decay rises from 0.1 to args.ema, to 0.999 at step 8990. With --ema 0 the average is netG.
+        decay = min(args.ema, (1 + step) / (10 + step))
         with torch.no_grad():
             for average, w in zip(netG_ema.parameters(), netG.parameters()):
                 average.lerp_(w, 1 - decay)  # decay * average + (1 - decay) * w
@@ -261,6 +265,8 @@ DATASETS = {  # what changes the defaults for a data set
     "cifar10": "--img_size 32 --hflip",
     "celeba": "--hflip",
 }
+
+MAX_EPOCHS = 200  # few images are known by heart after more: the pictures get worse again
 
 class UserError(Exception):
     """An error that the user can mend: main() makes one line of it, without a traceback."""
@@ -291,7 +297,7 @@ fraction = functools.partial(number, float, 0, 1)
 below_1 = functools.partial(number, float, 0, 0.999999)
 
 class Length(argparse.Action):
-    """--max_steps or --epochs: the last one counts, and unsets the other."""
+    """--max_steps or --epochs: the last one that is given counts, and unsets the other."""
 
     def __call__(self, parser, args, value, flag=None):
         args.max_steps = args.epochs = None
@@ -328,7 +334,7 @@ def make_parser():
     flag = parser.add_argument_group("optimisation").add_argument
     flag("--recipe", choices=RECIPES, default="default", help="paper: what its authors chose")
     flag("--max_steps", type=positive, action=Length, help="length of the run, in steps of netD")
-    flag("--epochs", type=positive, action=Length, help="the same in passes over the data")
+    flag("--epochs", type=positive, action=Length, help="or in passes over the data; if both, the less")
     flag("--batch_size", type=at_least_2, help="images per process and step")
     flag("--lr", type=not_negative, action=BothRates, default=argparse.SUPPRESS, help="both rates")
     flag("--lr_g", type=not_negative, help="learning rate of netG")
@@ -372,6 +378,7 @@ def get_args(argv=None):
         RECIPES[typed.get("recipe", "default")],
     ]
     values = vars(parser.parse_args(" ".join(layers).split()))
+    values["epochs"] = values["epochs"] or MAX_EPOCHS  # whichever is over first
     path = None
     if "resume" in typed:
         path = last_checkpoint(typed["resume"] or typed.get("out_dir") or newest_stopped_run())
@@ -1017,9 +1024,12 @@ class Run:
     def plan(self):
         """How long the run is, how often it saves, and what its grids show."""
         args = self.args
-        self.total = args.max_steps
+        lengths = []
+        if args.max_steps:
+            lengths.append(args.max_steps)
         if args.epochs:
-            self.total = self.step + (args.epochs * self.epoch_size - self.seen) // self.batch
+            lengths.append(self.step + (args.epochs * self.epoch_size - self.seen) // self.batch)
+        self.total = min(lengths)
         if self.step >= self.total:
             done = f"{args.resume} has done its {self.step} steps"
             raise UserError(f"--resume: {done}; give more --max_steps or --epochs")

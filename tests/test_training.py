@@ -81,6 +81,12 @@ def test_resume_goes_on_and_may_change_length_rates_and_batch_size(capfd):
     assert (ckpt["step"], ckpt["seen"], rates(ckpt)) == (20, 192, [1e-4, 1e-4])
     assert [row["step"] for row in rows()] == list(range(1, 21))
 
+def test_few_images_end_a_run_early(script, monkeypatch):
+    """By default, after so many passes over them; a length that is given is kept."""
+    monkeypatch.setattr(script, "MAX_EPOCHS", 2)
+    assert train(script, "--max_images 16")["step"] == 4
+    assert resume(script, "--max_steps 5")["step"] == 5
+
 def test_runs_never_overwrite_each_other_and_the_newest_goes_on(capfd):
     """--resume alone takes the run that was written last, of those with steps left; times of files do not count."""
     for seed, flags in enumerate(("", "--out_dir mine", "--out_dir mine", "")):
