@@ -1,20 +1,22 @@
 """ACGAN: Odena, Olah, Shlens 2017, "Conditional Image Synthesis with Auxiliary Classifier GANs".
 
-A generator (netG) makes pictures of a class that it is told. A discriminator (netD) tells real from
-fake and, with a second head, the class. The nets are DCGAN's.
+A generator (netG) makes pictures of a given class. A discriminator (netD) tells real from fake and,
+with a second head, names the class. The nets are those of dcgan.py.
 
     python acgan.py                                            # embedded digits, no download
     python acgan.py --dataset cifar10                          # or class folders, or a .zip of them
-    python acgan.py --recipe paper                             # near to the paper, on DCGAN's nets
+    python acgan.py --recipe paper                             # the paper's losses, dcgan.py's nets
     python acgan.py --resume                                   # go on with the last stopped run
     python acgan.py --sample runs/acgan-digits --labels 3,7    # a column for each class
     torchrun --nproc_per_node 2 acgan.py                       # one process for each GPU
 
 The default is not the paper's. netD's class head has 2n outputs for n classes: n for real images,
-n for fakes (ADC-GAN, Hou et al. 2022); with the paper's n, netG loses variety within a class. The
-rest is as in dcgan.py: a gradient penalty (R1; here heavier, and of the class, too), an average of
-netG's weights, small nets and batches, and high learning rates, which fall to 0. In both recipes z
-is multiplied by the class. MNIST takes 6 minutes on one core of an AMD EPYC (benchmarks/RESULTS.md).
+n for fakes (ADC-GAN, Hou et al. 2022). With n outputs, as in the paper, the pictures of a class
+become too much alike. The gradient penalty (R1) has three times dcgan.py's weight, and is on the
+class head, too; the rest is as in dcgan.py. z is multiplied by a learned vector of the class, where
+the paper appends the class. MNIST takes 6 minutes on one core of an AMD EPYC.
+
+Left out here: dcgan.py's --init, --sn, --loss, --gp, --replay, --optim_g, --optim_d and --lr_step.
 """
 
 # The method needs copy, math, torch, F and nn. The others are for the lower part of the file.
@@ -64,7 +66,8 @@ METHOD = "acgan"  # kept in checkpoints; in a copy with another method, change i
 RECIPES = {
     "default": "--ngf 64 --ndf 32 --batch_size 32 --lr_g 2e-3 --lr_d 1e-3 --lr_decay linear"
                " --gp_weight 0.9 --ema 0.999 --aux adc",
-    # Appendix A, CIFAR-10: rates, batch, dropout; at --img_size 32 netG's widths, nearly netD's.
+    # Appendix A, CIFAR-10: rates, batch, dropout. With --img_size 32, which is not set here, netG
+    # has its widths: 384, 192, 96. netD's are 64, 128, 256; the paper's go from 16 to 512.
     "paper": "--ngf 96 --ndf 64 --batch_size 100 --lr_g 2e-4 --lr_d 2e-4 --lr_decay none"
              " --gp_weight 0 --ema 0 --aux acgan --dropout 0.5",
 }
@@ -78,16 +81,16 @@ def add_method_flags(group):
     flag("--ngf", type=positive, help="channels of netG's last hidden layer")
     flag("--ndf", type=positive, help="channels of netD's first layer")
     flag("--dropout", type=below_1, default=0.0, help="dropout probability in netD")
-    flag("--aux", choices=("adc", "acgan"), help="acgan: n outputs for n classes; adc: 2n")
-    flag("--aux_g", type=not_negative, default=1.0, help="weight of the class loss in netG's loss")
+    flag("--aux", choices=("adc", "acgan"), help="class head: adc (ADC-GAN) 2n outputs, acgan n")
+    flag("--aux_g", type=not_negative, default=1.0, help="weight of netG's class loss; netD's: 1")
     flag("--real_label", type=fraction, default=1.0, help="target for real (0.9: smoothed)")
     flag("--fake_label", type=fraction, default=0.0, help="target for fake (0.1: smoothed)")
     flag("--gp_weight", type=not_negative, help="weight of the gradient penalty; 0: none")
     flag("--gp_every", type=positive, default=4, help="penalty in every N-th step only, times N")
     flag("--ema", type=below_1, help="decay of netG's average, which draws the samples; 0: none")
     flag("--d_steps", type=positive, default=1, help="netD steps, on new images, for one of netG")
-    flag("--pretrain_d", type=count, default=0, metavar="STEPS",
-         help="train netD first, with its class head, on pictures of the untrained netG")
+    flag("--pretrain_d", type=count, default=0,
+         metavar="STEPS", help="train netD first, on pictures of the untrained netG")
     flag("--lr_decay", choices=("none", "linear"), help="linear: to 0 in the second half")
 
 # -------------------------------------------------------------------------------------------- nets
@@ -100,9 +103,8 @@ class Generator(nn.Module):
         self.config = {"nz": nz, "ngf": ngf, "nc": nc, "img_size": img_size, "n_classes": n_classes,
                        "widest": widest}
         self.label_emb = nn.Embedding(n_classes, nz)
-        # widest: no layer has more than widest * ngf channels.
         stages = int(math.log2(img_size)) - 3  # each doubles height and width; 3 at img_size 64
-        channels = ngf * min(2**stages, widest)
+        channels = ngf * min(2**stages, widest)  # only config_of gives another widest than 8
         layers = [nn.ConvTranspose2d(nz, channels, 4, 1, 0, bias=False)]  # (ngf*8) x 4 x 4
         layers += [nn.BatchNorm2d(channels), nn.ReLU(inplace=True)]
         for k in reversed(range(stages)):  # (ngf*4) x 8 x 8, (ngf*2) x 16 x 16, ngf x 32 x 32
@@ -114,13 +116,16 @@ class Generator(nn.Module):
         self.main = nn.Sequential(*layers)
 
     def forward(self, z, labels):
-        z = z.flatten(1) * self.label_emb(labels)  # the paper appends the class to z
+        z = z.flatten(1)
+        z = z * self.label_emb(labels)  # the paper appends the class to z
         if z.is_cuda:  # the same, strided as channels_last: else --compile fails (pytorch#171622)
             return self.main(z[:, None, None].permute(0, 3, 1, 2))
         return self.main(z[:, :, None, None])
 
 class Discriminator(nn.Module):
-    """(N, nc, img_size, img_size) images -> (N) logits, real if positive; (N, n_aux) of classes."""
+    """(N, nc, img_size, img_size) images in [-1, 1] -> (N) logits: real if positive; (N, n_aux)
+    class logits: n_aux is n for n classes, 2n with --aux adc.
+    """
 
     def __init__(self, nc=3, ndf=64, img_size=64, n_aux=10, dropout=0.0):
         super().__init__()
@@ -135,7 +140,7 @@ class Discriminator(nn.Module):
             layers += [nn.LeakyReLU(0.2, inplace=True), nn.Dropout(dropout)]
             channels = out
         self.main = nn.Sequential(*layers)
-        self.adv = nn.Conv2d(channels, 1, 4, 1, 0, bias=False)  # 1 x 1 x 1
+        self.adv = nn.Conv2d(channels, 1, 4, 1, 0, bias=False)  # 1 x 1 x 1; as in dcgan.py
         self.aux = nn.Conv2d(channels, n_aux, 4, 1, 0)  # n_aux x 1 x 1
 
     def forward(self, x):
@@ -143,14 +148,17 @@ class Discriminator(nn.Module):
         return self.adv(x).flatten(), self.aux(x).flatten(1)
 
 def weights_init(net):
-    """N(0, 0.02), section 4 of DCGAN's paper; BatchNorm scales N(1, 0.02), as in its code."""
+    """N(0, 0.02), section 4 of DCGAN's paper; BatchNorm scales N(1, 0.02), their code.
+
+    label_emb keeps PyTorch's N(0, 1).
+    """
     for m in net.modules():
         if isinstance(m, nn.BatchNorm2d):
             nn.init.normal_(m.weight, 1.0, 0.02)
         if not isinstance(m, (nn.Conv2d, nn.ConvTranspose2d)):
             continue
         for w in m.parameters():
-            if w.ndim == 1:  # the bias of aux
+            if w.ndim == 1:  # a bias
                 nn.init.zeros_(w)
             else:
                 nn.init.normal_(w, 0.0, 0.02)
@@ -172,7 +180,7 @@ def config_of(state):
 # ------------------------------------------------------------------------------------------ losses
 
 def d_loss(real_logits, fake_logits, args):
-    """-log D(x) - log(1 - D(G(z))): minus the paper's L_S, and GAN's eq. 1."""
+    """-log D(x) - log(1 - D(G(z))): minus L_S of the paper, or eq. 1 of Goodfellow et al. 2014."""
     real_target = torch.full_like(real_logits, args.real_label)
     fake_target = torch.full_like(fake_logits, args.fake_label)
     real_loss = F.binary_cross_entropy_with_logits(real_logits, real_target)
@@ -183,37 +191,40 @@ def g_loss(fake_logits):
     """-log D(G(z)), the non-saturating loss of Goodfellow et al. 2014, section 3."""
     return F.binary_cross_entropy_with_logits(fake_logits, torch.ones_like(fake_logits))
 
+def g_class_loss(class_logits, labels, fake_offset):
+    """-log P(k) for fakes of class k: the part of the paper's -L_C that depends on netG.
+
+    adc: -log P(k) + log P(n + k), where output n + k means "fake k".
+    """
+    loss = F.cross_entropy(class_logits, labels)
+    if fake_offset > 0:  # adc
+        loss = loss - F.cross_entropy(class_logits, labels + fake_offset)
+    return loss
+
+def accuracy(class_logits, labels, n):
+    """(N) bools: is the class right? Output n + k, "fake k", counts as class k."""
+    return (class_logits.argmax(1) % n) == labels
+
 def gradient_penalty(netD, real, labels, fake_offset):
     """R1, Mescheder et al. 2018, eq. 9: half the squared gradient of netD's score at real images.
 
-    The score is the logit; adc: plus class logit k, minus class logit n + k, for images of class k.
-    Divided by nc, unlike there: in trials one --gp_weight then suited both grey and RGB.
+    The score is the logit; with adc, for an image of class k, plus log P(k) - log P(n + k), which
+    is class logit k minus class logit n + k. Divided by nc, unlike there: in trials one --gp_weight
+    then suited both grey and RGB.
     """
     x = real.detach().requires_grad_()
     # Not netD(x), which --compile compiles: without a second derivative.
     score, class_logits = netD.forward(x)
-    if fake_offset:
+    if fake_offset > 0:  # adc
         rows = torch.arange(len(x), device=x.device)
-        score = score + class_logits[rows, labels] - class_logits[rows, labels + fake_offset]
+        real_k = class_logits[rows, labels]
+        fake_k = class_logits[rows, labels + fake_offset]
+        score = score + real_k - fake_k
     ones = torch.ones_like(score)  # as score.sum(), which is wrong on Macs (pytorch#180201)
     (grad,) = torch.autograd.grad(score, x, ones, create_graph=True)
     squared = grad.square().sum((1, 2, 3))
     nc = x.shape[1]
     return squared.mean() / 2 / nc
-
-def g_class_loss(class_logits, labels, fake_offset):
-    """-log P(k) of fakes of class k: what netG can change in minus the paper's L_C.
-
-    adc: -log P(k) + log P(n + k), which is logit n + k minus logit k.
-    """
-    loss = F.cross_entropy(class_logits, labels)
-    if fake_offset:
-        loss = loss - F.cross_entropy(class_logits, labels + fake_offset)
-    return loss
-
-def accuracy(class_logits, labels, n):
-    """(N) True where the class is right, be it seen as a real one (k) or a fake one (n + k)."""
-    return class_logits.argmax(1) % n == labels
 
 # ---------------------------------------------------------------------------------------- training
 
@@ -222,8 +233,8 @@ def train(args):
     # run.done: the fraction of the run that is over. run.autocast(): bfloat16 where it is fast,
     # which needs no GradScaler. run.log({name: tensor}) detaches, and logs means over some steps.
     run = Run(args, labelled=True)  # only images that have a class
-    n = len(run.classes)
-    fake_offset = n if args.aux == "adc" else 0  # netD learns to see fakes as label + fake_offset
+    n = len(run.classes)  # their names
+    fake_offset = n if args.aux == "adc" else 0  # netD's target for fake k: k + fake_offset
     netG = Generator(args.nz, args.ngf, args.nc, args.img_size, n)
     netD = Discriminator(args.nc, args.ndf, args.img_size, n + fake_offset, args.dropout)
     for net in (netG, netD):
@@ -231,13 +242,13 @@ def train(args):
         net.to(run.device, memory_format=run.memory_format)
 
     # Pictures are drawn from this moving average of netG's weights, updated at the end of the loop.
-    # Its BatchNorm statistics are not averaged: run.steps measures them, on random z, at each save.
+    # Its BatchNorm statistics are not averaged: run.steps measures them anew at each save.
     netG_ema = copy.deepcopy(netG).eval().requires_grad_(False)
     betas = (args.beta1, args.beta2)  # by default (0.5, 0.999), as in DCGAN
     optG = torch.optim.Adam(netG.parameters(), args.lr_g, betas, fused=True)
     optD = torch.optim.Adam(netD.parameters(), args.lr_d, betas, fused=True)
 
-    # run.parallel(net): under torchrun DistributedDataParallel(net), which averages the gradients of
+    # run.parallel(net): under torchrun DistributedDataParallel(net), which averages gradients over
     # all processes; otherwise net itself. --compile compiles net in place.
     ddpG = run.parallel(netG)
     ddpD = run.parallel(netD)
@@ -264,15 +275,17 @@ def train(args):
         real_logits, real_class = real_logits.float(), real_class.float()
         fake_logits, fake_class = fake_logits.float(), fake_class.float()
         loss_d = d_loss(real_logits, fake_logits, args)
-        # The log has loss_d without class loss and penalty. D is the sigmoid of netD's first head.
+        # The log has loss_d without class loss and penalty, loss_g with its class loss. D is the
+        # sigmoid of the first head.
         run.log({"loss_d": loss_d, "D(x)": real_logits.sigmoid(), "D(G(z))": fake_logits.sigmoid()})
         run.log({"acc_real": accuracy(real_class, labels, n)})
         run.log({"acc_fake": accuracy(fake_class, labels, n)})
+        # -L_C of the paper; with --aux acgan fake_offset is 0.
         class_loss = F.cross_entropy(real_class, labels)
         class_loss = class_loss + F.cross_entropy(fake_class, labels + fake_offset)
         loss_d = loss_d + class_loss
         if args.gp_weight > 0 and step % args.gp_every == 0:  # "lazy": StyleGAN2, appendix B
-            # netD will do: ddpD has the same weights, and backward averages their whole gradient.
+            # netD, not ddpD: they share weights, and backward averages all gradients of these.
             penalty = gradient_penalty(netD, real, labels, fake_offset)
             loss_d = loss_d + args.gp_every * args.gp_weight * penalty
         optD.zero_grad()

@@ -1,7 +1,7 @@
 """DCGAN: Radford et al. 2016, "Unsupervised Representation Learning with Deep Convolutional GANs".
 
-A generator (netG) of transposed convolutions and a discriminator (netD) of strided ones play a game:
-netD learns to tell real pictures from netG's, netG to make pictures that netD takes for real.
+A generator (netG) of transposed convolutions and a discriminator (netD) of strided ones play a
+game: netD learns to tell real pictures from netG's, netG to make those that netD takes for real.
 
     python dcgan.py                               # embedded digits, no download
     python dcgan.py --dataset celeba --ngf 128    # 64x64 RGB; or mnist, a folder, a .zip
@@ -103,9 +103,9 @@ class Generator(nn.Module):
     """(N, nz) latents ~ N(0, 1) -> (N, nc, img_size, img_size) images in [-1, 1].
 
     Radford et al. 2016, figure 1, at img_size 64 and ngf 128, with kernels of 4x4, not 5x5. Names
-    and order of the layers are those of pytorch/examples, so that its state dicts load. No layer has
-    more than widest * ngf channels; with ngf 64 these are 512, StyleGAN's bound. Only config_of gives
-    another widest than 8, for files of others.
+    and order of the layers are those of pytorch/examples, so that its state dicts load. No layer
+    has more than widest * ngf channels; with ngf 64 these are 512, StyleGAN's bound. Only config_of
+    gives another widest than 8, for files of others.
     """
 
     def __init__(self, nz=100, ngf=64, nc=3, img_size=64, widest=8):
@@ -218,8 +218,8 @@ def gradient_penalty(netD, real, fake, kind):
     ones = torch.ones_like(logits)  # as logits.sum(), which is wrong on Macs (pytorch#180201)
     (grad,) = torch.autograd.grad(logits, x, ones, create_graph=True)
     squared = grad.square().sum((1, 2, 3))
+    nc = x.shape[1]
     if kind == "r1":
-        nc = x.shape[1]
         return squared.mean() / 2 / nc
     norm = (squared + 1e-12).sqrt()
     return (norm - 1).square().mean()
@@ -274,13 +274,13 @@ def train(args):
         net.to(run.device, memory_format=run.memory_format)
 
     # Pictures are drawn from this moving average of netG's weights, updated at the end of the loop.
-    # Its BatchNorm statistics are not averaged: run.steps measures them, on random z, at each save.
+    # Its BatchNorm statistics are not averaged: run.steps measures them anew at each save.
     netG_ema = copy.deepcopy(netG).eval().requires_grad_(False)
     optG = make_optimizer(args.optim_g, netG, args.lr_g, args)
     optD = make_optimizer(args.optim_d, netD, args.lr_d, args)
     replay = Replay(args.replay)
 
-    # run.parallel(net): under torchrun DistributedDataParallel(net), which averages the gradients of
+    # run.parallel(net): under torchrun DistributedDataParallel(net), which averages gradients over
     # all processes; otherwise net itself. --compile compiles net in place.
     ddpG = run.parallel(netG)
     ddpD = run.parallel(netD)
@@ -306,7 +306,7 @@ def train(args):
         # The log has loss_d without the penalty. D is the sigmoid of netD: with bce a probability.
         run.log({"loss_d": loss_d, "D(x)": real_logits.sigmoid(), "D(G(z))": fake_logits.sigmoid()})
         if args.gp != "none" and step % args.gp_every == 0:  # "lazy": StyleGAN2, appendix B
-            # netD will do: ddpD has the same weights, and backward averages their whole gradient.
+            # netD, not ddpD: they share weights, and backward averages all gradients of these.
             penalty = gradient_penalty(netD, real, fake, args.gp)
             loss_d = loss_d + args.gp_every * args.gp_weight * penalty
         optD.zero_grad()

@@ -182,13 +182,13 @@ def train(args):
         net.to(run.device)
 
     # Pictures are drawn from this moving average of netG's weights, updated at the end of the loop.
-    # Its BatchNorm statistics are not averaged: run.steps measures them, on random z, at each save.
+    # Its BatchNorm statistics are not averaged: run.steps measures them anew at each save.
     netG_ema = copy.deepcopy(netG).eval().requires_grad_(False)
     betas = (args.beta1, args.beta2)  # by default (0.5, 0.999), as in DCGAN
     optG = torch.optim.Adam(netG.parameters(), args.lr_g, betas, fused=True)
     optD = torch.optim.Adam(netD.parameters(), args.lr_d, betas, fused=True)
 
-    # run.parallel(net): under torchrun DistributedDataParallel(net), which averages the gradients of
+    # run.parallel(net): under torchrun DistributedDataParallel(net), which averages gradients over
     # all processes; otherwise net itself. --compile compiles net in place.
     ddpG = run.parallel(netG)
     ddpD = run.parallel(netD)
@@ -204,8 +204,8 @@ def train(args):
         optD.param_groups[0]["lr"] = factor * args.lr_d
         train_g = (step + 1) % args.d_steps == 0  # all steps train netD, some netG, too
 
-        # D step: tell real from fake, in one pass. With BatchNorm in netD make it two: else it mixes
-        # the statistics of real and fake.
+        # D step: tell real from fake, in one pass. With BatchNorm in netD make it two, or else it
+        # mixes the statistics of real and fake.
         z = torch.randn(len(real), args.nz, device=run.device)
         with run.autocast():
             with torch.set_grad_enabled(train_g):  # the G step, if there is one, needs fake's graph
@@ -213,10 +213,10 @@ def train(args):
             logits = ddpD(torch.cat((real, fake.detach()))).float()  # losses in fp32
         real_logits, fake_logits = logits.chunk(2)
         loss_d = d_loss(real_logits, fake_logits)
-        # The log has loss_d without the penalty. D is the sigmoid of netD, a probability with this loss.
+        # The log has loss_d without the penalty. D, the sigmoid of netD, is a probability here.
         run.log({"loss_d": loss_d, "D(x)": real_logits.sigmoid(), "D(G(z))": fake_logits.sigmoid()})
         if args.gp_weight > 0 and step % args.gp_every == 0:  # "lazy": StyleGAN2, appendix B
-            # netD will do: ddpD has the same weights, and backward averages their whole gradient.
+            # netD, not ddpD: they share weights, and backward averages all gradients of these.
             penalty = gradient_penalty(netD, real)
             loss_d = loss_d + args.gp_every * args.gp_weight * penalty
         optD.zero_grad()
