@@ -10,13 +10,15 @@ with a second head, names the class. The nets are those of dcgan.py.
     python acgan.py --sample runs/acgan-digits --labels 3,7    # a column for each class
     torchrun --nproc_per_node 2 acgan.py                       # one process for each GPU
 
-The default is not the paper's. netD's class head has 2n outputs for n classes: n for real images,
-n for fakes (ADC-GAN, Hou et al. 2022). With n outputs, as in the paper, the pictures of a class
-become too much alike. The gradient penalty (R1) has three times dcgan.py's weight, and is on the
-class head, too; the rest is as in dcgan.py. z is multiplied by a learned vector of the class, where
-the paper appends the class. MNIST takes 6 minutes on one core of an AMD EPYC.
+z is multiplied by a learned vector of the class, where the paper appends the class to it.
 
-Left out here: dcgan.py's --init, --sn, --loss, --gp, --replay, --optim_g, --optim_d and --lr_step.
+The default is not the paper's. netD's class head has 2n outputs for n classes: n for real images,
+n for fakes (ADC-GAN, Hou et al. 2022); netG raises output "real k" and lowers output "fake k". With
+n outputs, as in the paper, the pictures of a class become too much alike. The gradient penalty (R1)
+has three times dcgan.py's weight, and with 2n outputs is on the class head, too. The rest is as in
+dcgan.py. MNIST takes 6 minutes on one core of an AMD EPYC (benchmarks/RESULTS.md).
+
+Left out: dcgan.py's --init, --sn, --loss, --gp, --replay, --optim_g, --optim_d, --lr_step.
 """
 
 # The method needs copy, math, torch, F and nn. The others are for the lower part of the file.
@@ -56,25 +58,26 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-METHOD = "acgan"  # kept in checkpoints; in a copy with another method, change it
+METHOD = "acgan"  # kept in checkpoints; a copy of this file for another method needs its own
 
 # ------------------------------------------------------------------------------------------- flags
 
-# Default values, written as flags. --recipe paper changes those in its string, and no others.
-# --batch_size (of each process), --lr_g, --lr_d, --beta1, --beta2, --nc and --max_steps are defined
-# in make_parser.
+# Default values, written as flags. "paper" overrides "default" in the flags that it lists, and only
+# there. The lower part of the file (make_parser) defines --batch_size, which is for each process,
+# --lr_g, --lr_d, --beta1, --beta2, --nc and --max_steps; the other flags are defined just below.
 RECIPES = {
     "default": "--ngf 64 --ndf 32 --batch_size 32 --lr_g 2e-3 --lr_d 1e-3 --lr_decay linear"
                " --gp_weight 0.9 --ema 0.999 --aux adc",
-    # Appendix A, CIFAR-10: rates, batch, dropout. With --img_size 32, which is not set here, netG
-    # has its widths: 384, 192, 96. netD's are 64, 128, 256; the paper's go from 16 to 512.
+    # Appendix A, CIFAR-10: rates, batch, dropout. Add --img_size 32 to get the paper's widths of
+    # netG: 384, 192, 96. netD's are then 64, 128, 256; the paper's six go from 16 to 512.
     "paper": "--ngf 96 --ndf 64 --batch_size 100 --lr_g 2e-4 --lr_d 2e-4 --lr_decay none"
              " --gp_weight 0 --ema 0 --aux acgan --dropout 0.5",
 }
 
 def add_method_flags(group):
-    # Flags without default= have theirs in RECIPES. positive: an integer from 1 on; count: from 0.
-    # not_negative: a float from 0 on; below_1: from 0 to less than 1; fraction: from 0 to 1.
+    # Where there is no default=, it is in RECIPES. The types, made in the lower part: positive is
+    # an int >= 1, count an int >= 0, not_negative a float >= 0, fraction a float with 0 <= x <= 1,
+    # below_1 a float with 0 <= x < 1.
     flag = group.add_argument
     flag("--img_size", type=int, choices=(16, 32, 64, 128, 256), default=64, help="height and width")
     flag("--nz", type=positive, default=100, help="size of the latent vector")
@@ -86,7 +89,7 @@ def add_method_flags(group):
     flag("--real_label", type=fraction, default=1.0, help="target for real (0.9: smoothed)")
     flag("--fake_label", type=fraction, default=0.0, help="target for fake (0.1: smoothed)")
     flag("--gp_weight", type=not_negative, help="weight of the gradient penalty; 0: none")
-    flag("--gp_every", type=positive, default=4, help="penalty in every N-th step only, times N")
+    flag("--gp_every", type=positive, default=4, help="penalty every N-th step, multiplied by N")
     flag("--ema", type=below_1, help="decay of netG's average, which draws the samples; 0: none")
     flag("--d_steps", type=positive, default=1, help="netD steps, on new images, for one of netG")
     flag("--pretrain_d", type=count, default=0,
@@ -104,7 +107,7 @@ class Generator(nn.Module):
                        "widest": widest}
         self.label_emb = nn.Embedding(n_classes, nz)
         stages = int(math.log2(img_size)) - 3  # each doubles height and width; 3 at img_size 64
-        channels = ngf * min(2**stages, widest)  # only config_of gives another widest than 8
+        channels = ngf * min(2**stages, widest)  # widest: 8, but for files that config_of reads
         layers = [nn.ConvTranspose2d(nz, channels, 4, 1, 0, bias=False)]  # (ngf*8) x 4 x 4
         layers += [nn.BatchNorm2d(channels), nn.ReLU(inplace=True)]
         for k in reversed(range(stages)):  # (ngf*4) x 8 x 8, (ngf*2) x 16 x 16, ngf x 32 x 32
@@ -117,7 +120,7 @@ class Generator(nn.Module):
 
     def forward(self, z, labels):
         z = z.flatten(1)
-        z = z * self.label_emb(labels)  # the paper appends the class to z
+        z = z * self.label_emb(labels)  # the class scales each of z's nz components
         if z.is_cuda:  # the same, strided as channels_last: else --compile fails (pytorch#171622)
             return self.main(z[:, None, None].permute(0, 3, 1, 2))
         return self.main(z[:, :, None, None])
@@ -140,7 +143,7 @@ class Discriminator(nn.Module):
             layers += [nn.LeakyReLU(0.2, inplace=True), nn.Dropout(dropout)]
             channels = out
         self.main = nn.Sequential(*layers)
-        self.adv = nn.Conv2d(channels, 1, 4, 1, 0, bias=False)  # 1 x 1 x 1; as in dcgan.py
+        self.adv = nn.Conv2d(channels, 1, 4, 1, 0, bias=False)  # dcgan.py's last layer
         self.aux = nn.Conv2d(channels, n_aux, 4, 1, 0)  # n_aux x 1 x 1
 
     def forward(self, x):
@@ -164,7 +167,7 @@ def weights_init(net):
                 nn.init.normal_(w, 0.0, 0.02)
 
 def config_of(state):
-    """Generator's arguments, read off its weights: --sample needs them where a file lacks them.
+    """Generator's arguments, read off its weights: for --sample on a file with weights alone.
 
     Change it when you change Generator's layers.
     """
@@ -180,7 +183,7 @@ def config_of(state):
 # ------------------------------------------------------------------------------------------ losses
 
 def d_loss(real_logits, fake_logits, args):
-    """-log D(x) - log(1 - D(G(z))): minus L_S of the paper, or eq. 1 of Goodfellow et al. 2014."""
+    """-log D(x) - log(1 - D(G(z))): minus the paper's L_S (eq. 1 of Goodfellow et al. 2014)."""
     real_target = torch.full_like(real_logits, args.real_label)
     fake_target = torch.full_like(fake_logits, args.fake_label)
     real_loss = F.binary_cross_entropy_with_logits(real_logits, real_target)
@@ -194,7 +197,8 @@ def g_loss(fake_logits):
 def g_class_loss(class_logits, labels, fake_offset):
     """-log P(k) for fakes of class k: the part of the paper's -L_C that depends on netG.
 
-    adc: -log P(k) + log P(n + k), where output n + k means "fake k".
+    fake_offset: n with adc, where output n + k means "fake k"; else 0. The loss of adc is
+    -log P(k) + log P(n + k), which is class logit n + k minus class logit k.
     """
     loss = F.cross_entropy(class_logits, labels)
     if fake_offset > 0:  # adc
@@ -202,26 +206,26 @@ def g_class_loss(class_logits, labels, fake_offset):
     return loss
 
 def accuracy(class_logits, labels, n):
-    """(N) bools: is the class right? Output n + k, "fake k", counts as class k."""
+    """(N) True where the class is right. Output n + k, "fake k", counts as class k."""
     return (class_logits.argmax(1) % n) == labels
 
 def gradient_penalty(netD, real, labels, fake_offset):
     """R1, Mescheder et al. 2018, eq. 9: half the squared gradient of netD's score at real images.
 
-    The score is the logit; with adc, for an image of class k, plus log P(k) - log P(n + k), which
-    is class logit k minus class logit n + k. Divided by nc, unlike there: in trials one --gp_weight
-    then suited both grey and RGB.
+    The score is the logit. With adc, for an image of class k: logit + class logit k - class logit
+    n + k, of which the last two are log P(k) - log P(n + k). Also divided by nc: Mescheder's gamma
+    is --gp_weight / nc. With BatchNorm in netD an image's gradient also goes through the others of
+    its batch.
     """
     x = real.detach().requires_grad_()
-    # Not netD(x), which --compile compiles: without a second derivative.
+    # .forward: not compiled; what is compiled has no second derivative.
     score, class_logits = netD.forward(x)
     if fake_offset > 0:  # adc
         rows = torch.arange(len(x), device=x.device)
         real_k = class_logits[rows, labels]
         fake_k = class_logits[rows, labels + fake_offset]
         score = score + real_k - fake_k
-    ones = torch.ones_like(score)  # as score.sum(), which is wrong on Macs (pytorch#180201)
-    (grad,) = torch.autograd.grad(score, x, ones, create_graph=True)
+    (grad,) = torch.autograd.grad(score, x, torch.ones_like(score), create_graph=True)
     squared = grad.square().sum((1, 2, 3))
     nc = x.shape[1]
     return squared.mean() / 2 / nc
@@ -229,33 +233,35 @@ def gradient_penalty(netD, real, labels, fake_offset):
 # ---------------------------------------------------------------------------------------- training
 
 def train(args):
-    # Run, further down, is the plumbing: devices, data, log, checkpoints.
-    # run.done: the fraction of the run that is over. run.autocast(): bfloat16 where it is fast,
-    # which needs no GradScaler. run.log({name: tensor}) detaches, and logs means over some steps.
+    # Run, further down, is the plumbing: devices, data, log, checkpoints. Used here:
+    #   run.done          the fraction of the run that is over
+    #   run.autocast()    bfloat16 where it is fast; bfloat16 needs no GradScaler
+    #   run.log({...})    detaches tensors; the log has their means since its last line
     run = Run(args, labelled=True)  # only images that have a class
-    n = len(run.classes)  # their names
+    n = len(run.classes)  # run.classes: names of the classes
     fake_offset = n if args.aux == "adc" else 0  # netD's target for fake k: k + fake_offset
     netG = Generator(args.nz, args.ngf, args.nc, args.img_size, n)
-    netD = Discriminator(args.nc, args.ndf, args.img_size, n + fake_offset, args.dropout)
+    n_aux = n + fake_offset  # 2n with adc, n with acgan
+    netD = Discriminator(args.nc, args.ndf, args.img_size, n_aux, args.dropout)
     for net in (netG, netD):
         weights_init(net)
         net.to(run.device, memory_format=run.memory_format)
 
-    # Pictures are drawn from this moving average of netG's weights, updated at the end of the loop.
-    # Its BatchNorm statistics are not averaged: run.steps measures them anew at each save.
+    # Samples come from this moving average of netG's weights, updated last in each step. Statistics
+    # of BatchNorm are not averaged: before each save the plumbing measures them, with random z.
     netG_ema = copy.deepcopy(netG).eval().requires_grad_(False)
     betas = (args.beta1, args.beta2)  # by default (0.5, 0.999), as in DCGAN
     optG = torch.optim.Adam(netG.parameters(), args.lr_g, betas, fused=True)
     optD = torch.optim.Adam(netD.parameters(), args.lr_d, betas, fused=True)
 
-    # run.parallel(net): under torchrun DistributedDataParallel(net), which averages gradients over
-    # all processes; otherwise net itself. --compile compiles net in place.
+    # Under torchrun run.parallel(net) is DistributedDataParallel(net), which averages gradients
+    # over the processes; otherwise it is net. With --compile it also calls net.compile().
     ddpG = run.parallel(netG)
     ddpD = run.parallel(netD)
 
-    # run.steps yields the step, from 0 on, images in [-1, 1] and labels. Its arguments are kept in
-    # checkpoints by these names, and --resume restores them. After each turn of the loop, also one
-    # that ends by `continue`, it logs, saves and draws if that is due.
+    # run.steps yields (step, images in [-1, 1], labels) until the run is done. Steps count from 0,
+    # and --resume goes on counting. Checkpoints keep the arguments of run.steps under these names.
+    # It logs, saves and draws between steps, also after a `continue`.
     for step, real, labels in run.steps(netG=netG, netD=netD, netG_ema=netG_ema, optG=optG, optD=optD):
         factor = 1
         if args.lr_decay == "linear":  # 1 in the first half, then a straight line to 0
@@ -275,17 +281,18 @@ def train(args):
         real_logits, real_class = real_logits.float(), real_class.float()
         fake_logits, fake_class = fake_logits.float(), fake_class.float()
         loss_d = d_loss(real_logits, fake_logits, args)
-        # The log has loss_d without class loss and penalty, loss_g with its class loss. D is the
-        # sigmoid of the first head.
+        # The log has loss_d as in dcgan.py, without class loss and penalty; loss_g is all of netG's
+        # loss. D is the sigmoid of the first output.
         run.log({"loss_d": loss_d, "D(x)": real_logits.sigmoid(), "D(G(z))": fake_logits.sigmoid()})
         run.log({"acc_real": accuracy(real_class, labels, n)})
         run.log({"acc_fake": accuracy(fake_class, labels, n)})
-        # -L_C of the paper; with --aux acgan fake_offset is 0.
+        # --aux acgan: -L_C of the paper. adc: fakes of class k have the target n + k, "fake k".
         class_loss = F.cross_entropy(real_class, labels)
         class_loss = class_loss + F.cross_entropy(fake_class, labels + fake_offset)
         loss_d = loss_d + class_loss
         if args.gp_weight > 0 and step % args.gp_every == 0:  # "lazy": StyleGAN2, appendix B
-            # netD, not ddpD: they share weights, and backward averages all gradients of these.
+            # Not ddpD: DistributedDataParallel does not support autograd.grad. The weights are
+            # ddpD's, so loss_d.backward() averages the penalty's gradients, too.
             penalty = gradient_penalty(netD, real, labels, fake_offset)
             loss_d = loss_d + args.gp_every * args.gp_weight * penalty
         optD.zero_grad()
@@ -300,15 +307,15 @@ def train(args):
         netD.requires_grad_(False)
         with run.autocast():
             fake_logits, fake_class = netD(fake)
-        class_loss = g_class_loss(fake_class.float(), labels, fake_offset)
-        loss_g = g_loss(fake_logits.float()) + args.aux_g * class_loss
+        class_loss_g = g_class_loss(fake_class.float(), labels, fake_offset)
+        loss_g = g_loss(fake_logits.float()) + args.aux_g * class_loss_g
         run.log({"loss_g": loss_g})
         optG.zero_grad()
         loss_g.backward()
         optG.step()
         netD.requires_grad_(True)
 
-        # Decay rises from 0.1 to args.ema, to 0.999 at step 8990. With --ema 0 the average is netG.
+        # Warm-up: from 0.1 at step 0 up to args.ema. With --ema 0 the average is netG's weights.
         decay = min(args.ema, (1 + step) / (10 + step))
         with torch.no_grad():
             for average, w in zip(netG_ema.parameters(), netG.parameters()):

@@ -54,13 +54,13 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils.parametrizations import spectral_norm
 from tqdm import tqdm
 
-METHOD = "dcgan"  # kept in checkpoints; in a copy with another method, change it
+METHOD = "dcgan"  # kept in checkpoints; a copy of this file for another method needs its own
 
 # ------------------------------------------------------------------------------------------- flags
 
-# Default values, written as flags. --recipe paper changes those in its string, and no others.
-# --batch_size (of each process), --lr_g, --lr_d, --beta1, --beta2, --nc and --max_steps are defined
-# in make_parser.
+# Default values, written as flags. "paper" overrides "default" in the flags that it lists, and only
+# there. The lower part of the file (make_parser) defines --batch_size, which is for each process,
+# --lr_g, --lr_d, --beta1, --beta2, --nc and --max_steps; the other flags are defined just below.
 RECIPES = {
     "default": "--ngf 64 --ndf 32 --batch_size 32 --lr_g 2e-3 --lr_d 1e-3 --lr_decay linear"
                " --gp r1 --gp_weight 0.3 --ema 0.999",
@@ -70,8 +70,9 @@ RECIPES = {
 }
 
 def add_method_flags(group):
-    # Flags without default= have theirs in RECIPES. positive: an integer from 1 on; count: from 0.
-    # not_negative: a float from 0 on; below_1: from 0 to less than 1; fraction: from 0 to 1.
+    # Where there is no default=, it is in RECIPES. The types, made in the lower part: positive is
+    # an int >= 1, count an int >= 0, not_negative a float >= 0, fraction a float with 0 <= x <= 1,
+    # below_1 a float with 0 <= x < 1.
     flag = group.add_argument
     flag("--img_size", type=int, choices=(16, 32, 64, 128, 256), default=64, help="height and width")
     flag("--nz", type=positive, default=100, help="size of the latent vector")
@@ -86,7 +87,7 @@ def add_method_flags(group):
     flag("--fake_label", type=fraction, default=0.0, help="bce: target for fake (0.1: smoothed)")
     flag("--gp", choices=("none", "r1", "interpolate"), help="gradient penalty on netD")
     flag("--gp_weight", type=not_negative, help="weight of --gp; interpolate: 10 in its paper")
-    flag("--gp_every", type=positive, default=4, help="penalty in every N-th step only, times N")
+    flag("--gp_every", type=positive, default=4, help="penalty every N-th step, multiplied by N")
     flag("--ema", type=below_1, help="decay of netG's average, which draws the samples; 0: none")
     flag("--d_steps", type=positive, default=1, help="netD steps, on new images, for one of netG")
     flag("--pretrain_d", type=count, default=0,
@@ -124,7 +125,7 @@ class Generator(nn.Module):
         layers += [nn.ConvTranspose2d(ngf, nc, 4, 2, 1, bias=False), nn.Tanh()]  # nc x 64 x 64
         self.main = nn.Sequential(*layers)
 
-    def forward(self, z, labels=None):  # labels: for nets with classes
+    def forward(self, z, labels=None):  # sampling passes labels, for nets with classes
         z = z.flatten(1)
         if z.is_cuda:  # the same, strided as channels_last: else --compile fails (pytorch#171622)
             return self.main(z[:, None, None].permute(0, 3, 1, 2))
@@ -173,7 +174,7 @@ def weights_init(net, init="dcgan"):
                 nn.init.kaiming_normal_(w, a=0.2, mode="fan_in")  # the slope of LeakyReLU
 
 def config_of(state):
-    """Generator's arguments, read off its weights: --sample needs them where a file lacks them.
+    """Generator's arguments, read off its weights: for --sample on a file with weights alone.
 
     Change it when you change Generator's layers.
     """
@@ -205,8 +206,8 @@ def g_loss(fake_logits, args):
 def gradient_penalty(netD, real, fake, kind):
     """r1: Mescheder et al. 2018, eq. 9. interpolate: Gulrajani et al. 2017, eq. 3. Not in bf16.
 
-    r1 is divided by nc, unlike there: in trials one --gp_weight then suited both grey and RGB. With
-    BatchNorm in netD the gradient of an image also goes through the others of its batch.
+    r1 is also divided by nc: Mescheder's gamma is --gp_weight / nc. One weight then suits both grey
+    and RGB. With BatchNorm in netD an image's gradient also goes through the others of its batch.
     """
     if kind == "r1":
         x = real
@@ -214,9 +215,8 @@ def gradient_penalty(netD, real, fake, kind):
         a = torch.rand(len(real), 1, 1, 1, device=real.device)
         x = a * fake + (1 - a) * real
     x = x.detach().requires_grad_()
-    logits = netD.forward(x)  # not netD(x), which --compile compiles: without a second derivative
-    ones = torch.ones_like(logits)  # as logits.sum(), which is wrong on Macs (pytorch#180201)
-    (grad,) = torch.autograd.grad(logits, x, ones, create_graph=True)
+    logits = netD.forward(x)  # .forward: not compiled; what is compiled has no second derivative
+    (grad,) = torch.autograd.grad(logits, x, torch.ones_like(logits), create_graph=True)
     squared = grad.square().sum((1, 2, 3))
     nc = x.shape[1]
     if kind == "r1":
@@ -262,10 +262,11 @@ def lr_factor(args, run):
     return 1
 
 def train(args):
-    # Run, further down, is the plumbing: devices, data, log, checkpoints.
-    # run.done: the fraction of the run that is over. run.epoch: passes over the data.
-    # run.autocast(): bfloat16 where it is fast, which needs no GradScaler. run.log({name: tensor})
-    # detaches, and logs means over some steps.
+    # Run, further down, is the plumbing: devices, data, log, checkpoints. Used here:
+    #   run.done          the fraction of the run that is over
+    #   run.autocast()    bfloat16 where it is fast; bfloat16 needs no GradScaler
+    #   run.log({...})    detaches tensors; the log has their means since its last line
+    #   run.epoch         how often the data was seen
     run = Run(args)
     netG = Generator(args.nz, args.ngf, args.nc, args.img_size)
     netD = Discriminator(args.nc, args.ndf, args.img_size, args.sn, args.dropout)
@@ -273,21 +274,21 @@ def train(args):
         weights_init(net, args.init)
         net.to(run.device, memory_format=run.memory_format)
 
-    # Pictures are drawn from this moving average of netG's weights, updated at the end of the loop.
-    # Its BatchNorm statistics are not averaged: run.steps measures them anew at each save.
+    # Samples come from this moving average of netG's weights, updated last in each step. Statistics
+    # of BatchNorm are not averaged: before each save the plumbing measures them, with random z.
     netG_ema = copy.deepcopy(netG).eval().requires_grad_(False)
     optG = make_optimizer(args.optim_g, netG, args.lr_g, args)
     optD = make_optimizer(args.optim_d, netD, args.lr_d, args)
     replay = Replay(args.replay)
 
-    # run.parallel(net): under torchrun DistributedDataParallel(net), which averages gradients over
-    # all processes; otherwise net itself. --compile compiles net in place.
+    # Under torchrun run.parallel(net) is DistributedDataParallel(net), which averages gradients
+    # over the processes; otherwise it is net. With --compile it also calls net.compile().
     ddpG = run.parallel(netG)
     ddpD = run.parallel(netD)
 
-    # run.steps yields the step, from 0 on, images in [-1, 1] and labels. Its arguments are kept in
-    # checkpoints by these names, and --resume restores them. After each turn of the loop, also one
-    # that ends by `continue`, it logs, saves and draws if that is due.
+    # run.steps yields (step, images in [-1, 1], labels) until the run is done. Steps count from 0,
+    # and --resume goes on counting. Checkpoints keep the arguments of run.steps under these names.
+    # It logs, saves and draws between steps, also after a `continue`.
     for step, real, _ in run.steps(netG=netG, netD=netD, netG_ema=netG_ema, optG=optG, optD=optD,
                                    replay=replay):
         factor = lr_factor(args, run)
@@ -306,7 +307,8 @@ def train(args):
         # The log has loss_d without the penalty. D is the sigmoid of netD: with bce a probability.
         run.log({"loss_d": loss_d, "D(x)": real_logits.sigmoid(), "D(G(z))": fake_logits.sigmoid()})
         if args.gp != "none" and step % args.gp_every == 0:  # "lazy": StyleGAN2, appendix B
-            # netD, not ddpD: they share weights, and backward averages all gradients of these.
+            # Not ddpD: DistributedDataParallel does not support autograd.grad. The weights are
+            # ddpD's, so loss_d.backward() averages the penalty's gradients, too.
             penalty = gradient_penalty(netD, real, fake, args.gp)
             loss_d = loss_d + args.gp_every * args.gp_weight * penalty
         optD.zero_grad()
@@ -327,7 +329,7 @@ def train(args):
         optG.step()
         netD.requires_grad_(True)
 
-        # Decay rises from 0.1 to args.ema, to 0.999 at step 8990. With --ema 0 the average is netG.
+        # Warm-up: from 0.1 at step 0 up to args.ema. With --ema 0 the average is netG's weights.
         decay = min(args.ema, (1 + step) / (10 + step))
         with torch.no_grad():
             for average, w in zip(netG_ema.parameters(), netG.parameters()):

@@ -52,13 +52,13 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-METHOD = "gan"  # kept in checkpoints; in a copy with another method, change it
+METHOD = "gan"  # kept in checkpoints; a copy of this file for another method needs its own
 
 # ------------------------------------------------------------------------------------------- flags
 
-# Default values, written as flags. --recipe paper changes those in its string, and no others.
-# --batch_size (of each process), --lr_g, --lr_d, --beta1, --beta2, --nc and --max_steps are defined
-# in make_parser.
+# Default values, written as flags. "paper" overrides "default" in the flags that it lists, and only
+# there. The lower part of the file (make_parser) defines --batch_size, which is for each process,
+# --lr_g, --lr_d, --beta1, --beta2, --nc and --max_steps; the other flags are defined just below.
 RECIPES = {
     "default": "--ngf 64 --ndf 64 --batch_size 128 --lr_g 1e-3 --lr_d 5e-4 --lr_decay linear"
                " --gp_weight 5 --ema 0.999 --max_steps 15000",
@@ -68,8 +68,8 @@ RECIPES = {
 }
 
 def add_method_flags(group):
-    # Flags without default= have theirs in RECIPES. positive: an integer from 1 on. not_negative: a
-    # float from 0 on; below_1: from 0 to less than 1.
+    # Where there is no default=, it is in RECIPES. The types, made in the lower part: positive is
+    # an int >= 1, not_negative a float >= 0, below_1 a float with 0 <= x < 1.
     flag = group.add_argument
     flag("--img_size", type=positive, default=32, help="height and width")
     flag("--nz", type=positive, default=100, help="size of the latent vector")
@@ -77,7 +77,7 @@ def add_method_flags(group):
     flag("--ndf", type=positive, help="width of netD: hidden layers of 8 and 4 times this")
     flag("--dropout", type=below_1, default=0.0, help="dropout probability in netD")
     flag("--gp_weight", type=not_negative, help="weight of the gradient penalty; 0: none")
-    flag("--gp_every", type=positive, default=4, help="penalty in every N-th step only, times N")
+    flag("--gp_every", type=positive, default=4, help="penalty every N-th step, multiplied by N")
     flag("--ema", type=below_1, help="decay of netG's average, which draws the samples; 0: none")
     flag("--d_steps", type=positive, default=1, help="netD steps for one of netG: the paper's k")
     flag("--lr_decay", choices=("none", "linear"), help="linear: to 0 in the second half")
@@ -102,8 +102,8 @@ class Generator(nn.Module):
             nn.Unflatten(1, (nc, img_size, img_size)),
         )
 
-    def forward(self, z, labels=None):  # labels: for nets with classes
-        return self.main(z.flatten(1))  # DCGAN's (N, nz, 1, 1) will do, too
+    def forward(self, z, labels=None):  # sampling passes labels, for nets with classes
+        return self.main(z)
 
 class Discriminator(nn.Module):
     """(N, nc, img_size, img_size) images in [-1, 1] -> (N) logits: real if positive."""
@@ -127,43 +127,42 @@ def weights_init(net):
     """Kaiming He's normal weights, zero biases. With DCGAN's N(0, 0.02) these nets collapse."""
     for m in net.modules():
         if isinstance(m, nn.Linear):
-            nn.init.kaiming_normal_(m.weight, a=0.2)  # netD's slope; good for netG's ReLU, too
+            nn.init.kaiming_normal_(m.weight, a=0.2)  # LeakyReLU's slope; near enough for ReLU
             nn.init.zeros_(m.bias)
 
 def config_of(state):
-    """Generator's arguments, read off its weights: --sample needs them where a file lacks them.
+    """Generator's arguments, read off its weights: for --sample on a file with weights alone.
 
     Change it when you change Generator's layers.
     """
     linears = [w for name, w in state.items() if name.startswith("main.") and w.ndim == 2]
     width, nz = linears[0].shape  # (out, in)
-    outputs = len(linears[-1])  # nc * img_size**2; with nc 3 it is no square
+    outputs = len(linears[-1])  # nc * img_size**2: a square if nc is 1, never if nc is 3
     nc = 1 if math.isqrt(outputs) ** 2 == outputs else 3
     return {"nz": nz, "ngf": width // 4, "nc": nc, "img_size": math.isqrt(outputs // nc)}
 
 # ------------------------------------------------------------------------------------------ losses
-# For another loss edit d_loss and g_loss. They get logits of shape (N). If yours needs more, change
-# its call in train, too.
+# For another loss edit d_loss and g_loss: logits of shape (N) in, a scalar out. For other inputs
+# edit their calls in train, too. There the penalty is added; --gp_weight 0 turns it off.
 
 def d_loss(real_logits, fake_logits):
-    """-log D(x) - log(1 - D(G(z))): minus equation 1 of the paper, which netD maximises."""
+    """-log D(x) - log(1 - D(G(z))): netD maximises equation 1 of the paper, which is minus this."""
     real_loss = F.binary_cross_entropy_with_logits(real_logits, torch.ones_like(real_logits))
     fake_loss = F.binary_cross_entropy_with_logits(fake_logits, torch.zeros_like(fake_logits))
     return real_loss + fake_loss
 
 def g_loss(fake_logits):
-    """-log D(G(z)), whose gradient does not vanish where netD is right: the end of section 3."""
+    """-log D(G(z)): the non-saturating loss, end of section 3, in place of log(1 - D(G(z)))."""
     return F.binary_cross_entropy_with_logits(fake_logits, torch.ones_like(fake_logits))
 
 def gradient_penalty(netD, real):
     """R1, Mescheder et al. 2018, eq. 9: half the squared norm of d logit / d image, at real images.
 
-    Divided by nc, unlike there: in trials one --gp_weight then suited both grey and RGB.
+    Also divided by nc: their gamma is --gp_weight / nc. One weight then suits both grey and RGB.
     """
     x = real.detach().requires_grad_()
-    logits = netD.forward(x)  # not netD(x), which --compile compiles: without a second derivative
-    ones = torch.ones_like(logits)  # as logits.sum(), which is wrong on Macs (pytorch#180201)
-    (grad,) = torch.autograd.grad(logits, x, ones, create_graph=True)
+    logits = netD.forward(x)  # .forward: not compiled; what is compiled has no second derivative
+    (grad,) = torch.autograd.grad(logits, x, torch.ones_like(logits), create_graph=True)
     squared = grad.square().sum((1, 2, 3))
     nc = x.shape[1]
     return squared.mean() / 2 / nc
@@ -171,9 +170,10 @@ def gradient_penalty(netD, real):
 # ---------------------------------------------------------------------------------------- training
 
 def train(args):
-    # Run, further down, is the plumbing: devices, data, log, checkpoints.
-    # run.done: the fraction of the run that is over. run.autocast(): bfloat16 where it is fast,
-    # which needs no GradScaler. run.log({name: tensor}) detaches, and logs means over some steps.
+    # Run, further down, is the plumbing: devices, data, log, checkpoints. Used here:
+    #   run.done          the fraction of the run that is over
+    #   run.autocast()    bfloat16 where it is fast; bfloat16 needs no GradScaler
+    #   run.log({...})    detaches tensors; the log has their means since its last line
     run = Run(args)
     netG = Generator(args.nz, args.ngf, args.nc, args.img_size)
     netD = Discriminator(args.nc, args.ndf, args.img_size, args.dropout)
@@ -181,42 +181,45 @@ def train(args):
         weights_init(net)
         net.to(run.device)
 
-    # Pictures are drawn from this moving average of netG's weights, updated at the end of the loop.
-    # Its BatchNorm statistics are not averaged: run.steps measures them anew at each save.
+    # Samples come from this moving average of netG's weights, updated last in each step. Statistics
+    # of BatchNorm are not averaged: before each save the plumbing measures them, with random z.
     netG_ema = copy.deepcopy(netG).eval().requires_grad_(False)
     betas = (args.beta1, args.beta2)  # by default (0.5, 0.999), as in DCGAN
     optG = torch.optim.Adam(netG.parameters(), args.lr_g, betas, fused=True)
     optD = torch.optim.Adam(netD.parameters(), args.lr_d, betas, fused=True)
 
-    # run.parallel(net): under torchrun DistributedDataParallel(net), which averages gradients over
-    # all processes; otherwise net itself. --compile compiles net in place.
+    # Under torchrun run.parallel(net) is DistributedDataParallel(net), which averages gradients
+    # over the processes; otherwise it is net. With --compile it also calls net.compile().
     ddpG = run.parallel(netG)
     ddpD = run.parallel(netD)
 
-    # run.steps yields the step, from 0 on, images in [-1, 1] and labels. Its arguments are kept in
-    # checkpoints by these names, and --resume restores them. After each turn of the loop, also one
-    # that ends by `continue`, it logs, saves and draws if that is due.
+    # run.steps yields (step, images in [-1, 1], labels) until the run is done. Steps count from 0,
+    # and --resume goes on counting. Checkpoints keep the arguments of run.steps under these names.
+    # It logs, saves and draws between steps, also after a `continue`.
     for step, real, _ in run.steps(netG=netG, netD=netD, netG_ema=netG_ema, optG=optG, optD=optD):
         factor = 1
         if args.lr_decay == "linear":  # 1 in the first half, then a straight line to 0
             factor = min(1, 2 - 2 * run.done)
         optG.param_groups[0]["lr"] = factor * args.lr_g
         optD.param_groups[0]["lr"] = factor * args.lr_d
-        train_g = (step + 1) % args.d_steps == 0  # all steps train netD, some netG, too
+        train_g = (step + 1) % args.d_steps == 0  # netD: every step; netG: every d_steps-th
 
-        # D step: tell real from fake, in one pass. With BatchNorm in netD make it two, or else it
-        # mixes the statistics of real and fake.
+        # D step: tell real from fake, in one pass. If netD gets BatchNorm, make two passes, or its
+        # statistics mix real and fake.
         z = torch.randn(len(real), args.nz, device=run.device)
         with run.autocast():
             with torch.set_grad_enabled(train_g):  # the G step, if there is one, needs fake's graph
                 fake = ddpG(z)
-            logits = ddpD(torch.cat((real, fake.detach()))).float()  # losses in fp32
+            both = torch.cat((real, fake.detach()))  # in fp32, though fake may be bf16
+            logits = ddpD(both).float()  # losses in fp32
         real_logits, fake_logits = logits.chunk(2)
         loss_d = d_loss(real_logits, fake_logits)
-        # The log has loss_d without the penalty. D, the sigmoid of netD, is a probability here.
+        # The log has loss_d without the penalty. D is sigmoid(netD), a probability with losses like
+        # this one; with a hinge or Wasserstein loss log the plain logits.
         run.log({"loss_d": loss_d, "D(x)": real_logits.sigmoid(), "D(G(z))": fake_logits.sigmoid()})
         if args.gp_weight > 0 and step % args.gp_every == 0:  # "lazy": StyleGAN2, appendix B
-            # netD, not ddpD: they share weights, and backward averages all gradients of these.
+            # Not ddpD: DistributedDataParallel does not support autograd.grad. The weights are
+            # ddpD's, so loss_d.backward() averages the penalty's gradients, too.
             penalty = gradient_penalty(netD, real)
             loss_d = loss_d + args.gp_every * args.gp_weight * penalty
         optD.zero_grad()
@@ -237,7 +240,7 @@ def train(args):
         optG.step()
         netD.requires_grad_(True)
 
-        # Decay rises from 0.1 to args.ema, to 0.999 at step 8990. With --ema 0 the average is netG.
+        # Warm-up: from 0.1 at step 0 up to args.ema. With --ema 0 the average is netG's weights.
         decay = min(args.ema, (1 + step) / (10 + step))
         with torch.no_grad():
             for average, w in zip(netG_ema.parameters(), netG.parameters()):
