@@ -456,6 +456,11 @@ def get_args(argv=None):
         RECIPES[typed.get("recipe", "default")],
     ]
     values = vars(parser.parse_args(" ".join(layers).split()))
+    method = argparse.ArgumentParser()
+    add_method_flags(method)
+    for name in ("batch_size", "lr_g", "lr_d", *vars(method.parse_args([]))):
+        if values[name] is None:
+            raise ValueError(f"--{name} has no default: write one into RECIPES")
     values["epochs"] = values["epochs"] or MAX_EPOCHS  # whichever is over first
     path = None
     if "resume" in typed:
@@ -873,7 +878,8 @@ def load_checkpoint(path, methods=(METHOD,)):
             said = "damaged, or more than a dict of tensors, as net.state_dict() is"
             raise UserError(f"{path}: {said}") from e
     if wrote not in methods:
-        raise UserError(f"{path}: its METHOD is {wrote}, that of {SCRIPT}.py is {METHOD}")
+        known = ", ".join(filter(None, methods))
+        raise UserError(f"{path}: its METHOD is {wrote}, known here: {known}")
     return ckpt
 
 def load_generator(path):
@@ -1037,10 +1043,10 @@ class Run:
             net.broadcast_buffers = False
         return net
 
-    def steps(self, **state):
+    def steps(self, *, netG_ema, **state):
         """Yields (step, real (N, nc, H, W) in [-1, 1], labels (N)) until the run is done.
-        state: what checkpoints keep by these names and --resume restores; netG_ema is sampled."""
-        self.state = state
+        netG_ema: what is sampled. state: what else checkpoints keep by name and --resume restores."""
+        self.state = {"netG_ema": netG_ema, **state}
         if self.args.resume:
             self.restore()
         self.plan()
@@ -1122,6 +1128,8 @@ class Run:
     def check_generator(self):
         """Fails before the first step where pictures or checkpoints cannot be made of netG_ema."""
         netG = self.state["netG_ema"]
+        if "n_classes" in netG.config and self.labels.min() < 0:
+            raise ValueError("netG takes labels, and images have none: Run(args, labelled=True)")
         shape = generate(netG, *self.inputs)[:1].shape
         wanted = (1, self.args.img_size, self.args.img_size, self.args.nc)
         if shape != wanted:

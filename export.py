@@ -153,8 +153,12 @@ def to_onnx(net, inputs, batch_size, opset):
     written = model.opset_import[0].version
     if written != opset:
         raise dcgan.UserError(f"--opset {opset}: torch.onnx {torch.__version__} gives {written}; choose that")
-    reshape_plainly(model)
-    return model
+    try:
+        plain = reshape_plainly(copy.deepcopy(model))
+        onnx.checker.check_model(plain)
+    except onnx.checker.ValidationError:  # a netG of somebody's own, which does more with z
+        return model
+    return plain
 
 # -------------------------------------------------------------------------------------------- graph
 
@@ -177,7 +181,7 @@ def reshape_plainly(model):
 
     OpenCV 4 reads no Unsqueeze of two axes, knows no allowzero and takes labels (N) for (N, 1).
     """
-    nz = model.graph.input[0].type.tensor_type.shape.dim[1].dim_value
+    sizes = {tensor.name: tensor.dims for tensor in model.graph.initializer}
     rows = {}  # name of a tensor with axes of size 1 -> of the (N, nz) tensor that it was made of
     nodes = []
     for node in model.graph.node:
@@ -190,16 +194,17 @@ def reshape_plainly(model):
             node.ClearField("attribute")  # allowzero
             node.input[0] = rows.get(source, source)
             nodes.append(node)
-        elif node.op_type == "Gather":  # of embeddings: (N) -> (N, nz)
+        elif node.op_type == "Gather" and len(sizes.get(source, ())) == 2:  # of embeddings: (N) -> (N, nz)
             node.output[0] = f"{name}.rows"
-            shape = constant(model, f"{name}.shape", [-1, nz])
+            shape = constant(model, f"{name}.shape", [-1, sizes[source][1]])
             nodes += [node, helper.make_node("Reshape", [f"{name}.rows", shape], [name])]
         else:
-            if source in rows:  # the first layer
-                shape = constant(model, f"{source}.shape", [-1, nz, 1, 1])
+            if source in rows and node.op_type == "ConvTranspose":  # the first layer
+                shape = constant(model, f"{source}.shape", [-1, sizes[node.input[1]][0], 1, 1])
                 nodes.append(helper.make_node("Reshape", [rows[source], shape], [source]))
             nodes.append(node)
     replace_nodes(model, nodes)
+    return model
 
 def strip(model):
     """Removes what tools leave in a file: stack traces, with local paths in them."""

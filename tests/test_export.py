@@ -135,6 +135,18 @@ def test_the_plain_graph():
     assert operations(model_of("acgan")) == ["Gather", "Reshape", "Mul", "Reshape", *layers]
     assert operations(model_of("gan")) == ["Gemm", "Relu"] * 2 + ["Gemm", "Tanh", "Reshape"]
 
+def test_a_net_of_somebodys_own_that_does_more_with_z():
+    """As InfoGAN's, which makes its codes of z: the graph is what PyTorch writes."""
+    class Own(dcgan.Generator):
+        def forward(self, z):
+            return super().forward(torch.cat((z[:, :2].square(), z[:, 2:]), 1))
+
+    netG = Own(nz=5, ngf=2, img_size=16).eval()
+    inputs = {"z": dcgan.latents(0, 0, 4, 5)}
+    model = export.to_onnx(export.Exported(netG, False, False), inputs, None, 17)
+    images = ort.InferenceSession(model.SerializeToString()).run(None, inputs)[0]
+    np.testing.assert_allclose(images, netG(torch.from_numpy(inputs["z"])).detach(), atol=1e-5)
+
 def test_int8_runs_in_int8_and_is_small():
     """What ONNX Runtime makes of the file: every convolution but the last in int8, and no detour through NCHW."""
     torch.save(dcgan.Generator(nz=100, ngf=32, nc=3, img_size=32).state_dict(), "netG.pth")

@@ -405,7 +405,8 @@ def test_many_samples_do_not_fill_memory(monkeypatch):
 @pytest.mark.parametrize(("old", "new", "said"), [
     ('self.config = {"nz": nz, "ngf": ngf, "nc": nc, "img_size": img_size, "widest": widest}', "config = {}", "config"),
     ('"img_size": img_size, "widest"', '"img_size": 2 * img_size, "widest"', "mismatch"),
-    ("netG_ema=netG_ema, ", "", "netG_ema"),
+    ("netG_ema=netG_ema, ", "", "missing 1 required keyword-only argument: 'netG_ema'"),
+    (" --gp r1", "", "--gp has no default: write one into RECIPES"),
     ("layers += [nn.ConvTranspose2d(ngf, nc, 4, 2, 1, bias=False)", "layers += [nn.ConvTranspose2d(ngf, nc, 3, 1, 1, bias=False)", "shape"),
     ("def forward(self, z, labels=None)", "def forward(self, z)", "forward")])
 def test_a_mistake_in_an_edit_shows_before_the_first_step(old, new, said):
@@ -417,3 +418,12 @@ def test_a_mistake_in_an_edit_shows_before_the_first_step(old, new, said):
     assert "Traceback" in done.stderr
     assert said in done.stderr
     assert not Path("run/log.jsonl").exists()
+
+def test_a_net_with_classes_on_images_without(monkeypatch):
+    os.mkdir("flat")
+    for i in range(8):
+        Image.new("RGB", (16, 16), (30 * i, 99, 0)).save(f"flat/{i}.png")
+    run = acgan.Run
+    monkeypatch.setattr(acgan, "Run", lambda args, labelled: run(args))
+    with pytest.raises(ValueError, match="labelled=True"):
+        train(acgan, "--dataset flat --max_steps 1")
