@@ -269,7 +269,7 @@ DATASETS = {  # what changes the defaults for a data set
     "celeba": "--hflip",
 }
 
-MAX_EPOCHS = 200  # few images are known by heart after more: the pictures get worse again
+MAX_EPOCHS = 250  # of few images, which are known by heart then: pictures get worse again
 
 class UserError(Exception):
     """An error that the user can mend: main() makes one line of it, without a traceback."""
@@ -887,8 +887,8 @@ class Run:
 
     @property
     def done(self):
-        """How much of the run is over, from 0 to 1."""
-        return self.step / self.total
+        """How much of the run is over, from 0 to 1. Few images end it earlier, by MAX_EPOCHS."""
+        return self.step / (self.args.max_steps or self.total)
 
     @property
     def epoch(self):

@@ -82,9 +82,11 @@ def test_resume_goes_on_and_may_change_length_rates_and_batch_size(capfd):
     assert [row["step"] for row in rows()] == list(range(1, 21))
 
 def test_few_images_end_a_run_early(script, monkeypatch):
-    """By default, after so many passes over them; a length that is given is kept."""
+    """By default, after so many passes over them, before the rates fall; a length that is given is kept."""
     monkeypatch.setattr(script, "MAX_EPOCHS", 2)
-    assert train(script, "--max_images 16")["step"] == 4
+    ckpt = train(script, "--max_images 16")
+    assert ckpt["step"] == 4
+    assert ckpt["optG"]["param_groups"][0]["lr"] == ckpt["args"]["lr_g"]
     assert resume(script, "--max_steps 5")["step"] == 5
 
 def test_runs_never_overwrite_each_other_and_the_newest_goes_on(capfd):
