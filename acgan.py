@@ -63,8 +63,8 @@ METHOD = "acgan"  # kept in checkpoints; a copy of this file for another method 
 # ------------------------------------------------------------------------------------------- flags
 
 # Default values, written as flags. "paper" overrides "default" in the flags that it lists, and only
-# there. The lower part of the file (make_parser) defines --batch_size, which is for each process,
-# --lr_g, --lr_d, --beta1, --beta2, --nc and --max_steps; the other flags are defined just below.
+# there. The lower part of the file (make_parser) has --lr_g, --lr_d, --beta1, --beta2, --max_steps,
+# --nc (image channels) and --batch_size (for each process). The others are defined just below.
 RECIPES = {
     "default": "--ngf 64 --ndf 32 --batch_size 32 --lr_g 2e-3 --lr_d 1e-3 --lr_decay linear"
                " --gp_weight 0.9 --ema 0.999 --aux adc",
@@ -236,7 +236,7 @@ def train(args):
     # Run, further down, is the plumbing: devices, data, log, checkpoints. Used here:
     #   run.done          the fraction of the run that is over
     #   run.autocast()    bfloat16 where it is fast; bfloat16 needs no GradScaler
-    #   run.log({...})    detaches tensors; the log has their means since its last line
+    #   run.log({...})    a line of the log has the mean of all values since the line before
     run = Run(args, labelled=True)  # only images that have a class
     n = len(run.classes)  # run.classes: names of the classes
     fake_offset = n if args.aux == "adc" else 0  # netD's target for fake k: k + fake_offset
@@ -247,7 +247,7 @@ def train(args):
         weights_init(net)
         net.to(run.device, memory_format=run.memory_format)
 
-    # Samples come from this moving average of netG's weights, updated last in each step. Statistics
+    # Samples come from this moving average of netG's weights, updated after each G step. Statistics
     # of BatchNorm are not averaged: before each save the plumbing measures them, with random z.
     netG_ema = copy.deepcopy(netG).eval().requires_grad_(False)
     betas = (args.beta1, args.beta2)  # by default (0.5, 0.999), as in DCGAN
@@ -315,7 +315,7 @@ def train(args):
         optG.step()
         netD.requires_grad_(True)
 
-        # Warm-up: from 0.1 at step 0 up to args.ema. With --ema 0 the average is netG's weights.
+        # decay rises from 0.1 at step 0 to args.ema. With --ema 0 the average is netG's weights.
         decay = min(args.ema, (1 + step) / (10 + step))
         with torch.no_grad():
             for average, w in zip(netG_ema.parameters(), netG.parameters()):

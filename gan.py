@@ -12,7 +12,7 @@ netG's, netG learns to make pictures that netD takes for real.
 
 The default is not the paper's: it has a gradient penalty (R1), an average of netG's weights, and
 learning rates that fall to 0. Both recipes have Adam, BatchNorm in netG and LeakyReLU in netD,
-where the paper has momentum, no BatchNorm, and maxout in netD.
+where the paper has momentum, no BatchNorm, and maxout in netD. The G step reuses the D step's fakes.
 """
 
 # The method needs copy, math, torch, F and nn. The others are for the lower part of the file.
@@ -57,8 +57,8 @@ METHOD = "gan"  # kept in checkpoints; a copy of this file for another method ne
 # ------------------------------------------------------------------------------------------- flags
 
 # Default values, written as flags. "paper" overrides "default" in the flags that it lists, and only
-# there. The lower part of the file (make_parser) defines --batch_size, which is for each process,
-# --lr_g, --lr_d, --beta1, --beta2, --nc and --max_steps; the other flags are defined just below.
+# there. The lower part of the file (make_parser) has --lr_g, --lr_d, --beta1, --beta2, --max_steps,
+# --nc (image channels) and --batch_size (for each process). The others are defined just below.
 RECIPES = {
     "default": "--ngf 64 --ndf 64 --batch_size 128 --lr_g 1e-3 --lr_d 5e-4 --lr_decay linear"
                " --gp_weight 5 --ema 0.999 --max_steps 15000",
@@ -136,14 +136,15 @@ def config_of(state):
     Change it when you change Generator's layers.
     """
     linears = [w for name, w in state.items() if name.startswith("main.") and w.ndim == 2]
-    width, nz = linears[0].shape  # (out, in)
-    outputs = len(linears[-1])  # nc * img_size**2: a square if nc is 1, never if nc is 3
+    hidden, nz = linears[0].shape  # (ngf * 4, nz)
+    outputs = len(linears[-1])  # nc * img_size**2, with nc 1 or 3: a square only if nc is 1
     nc = 1 if math.isqrt(outputs) ** 2 == outputs else 3
-    return {"nz": nz, "ngf": width // 4, "nc": nc, "img_size": math.isqrt(outputs // nc)}
+    return {"nz": nz, "ngf": hidden // 4, "nc": nc, "img_size": math.isqrt(outputs // nc)}
 
 # ------------------------------------------------------------------------------------------ losses
-# For another loss edit d_loss and g_loss: logits of shape (N) in, a scalar out. For other inputs
-# edit their calls in train, too. There the penalty is added; --gp_weight 0 turns it off.
+# To change the loss: d_loss and g_loss take logits of shape (N) and give a scalar. If yours need more
+# (real logits in g_loss, say), edit their calls in train; for hinge or Wasserstein also run.log there.
+# The R1 penalty is a term of its own: --gp_weight 0 drops it.
 
 def d_loss(real_logits, fake_logits):
     """-log D(x) - log(1 - D(G(z))): netD maximises equation 1 of the paper, which is minus this."""
@@ -173,7 +174,7 @@ def train(args):
     # Run, further down, is the plumbing: devices, data, log, checkpoints. Used here:
     #   run.done          the fraction of the run that is over
     #   run.autocast()    bfloat16 where it is fast; bfloat16 needs no GradScaler
-    #   run.log({...})    detaches tensors; the log has their means since its last line
+    #   run.log({...})    a line of the log has the mean of all values since the line before
     run = Run(args)
     netG = Generator(args.nz, args.ngf, args.nc, args.img_size)
     netD = Discriminator(args.nc, args.ndf, args.img_size, args.dropout)
@@ -181,7 +182,7 @@ def train(args):
         weights_init(net)
         net.to(run.device)
 
-    # Samples come from this moving average of netG's weights, updated last in each step. Statistics
+    # Samples come from this moving average of netG's weights, updated after each G step. Statistics
     # of BatchNorm are not averaged: before each save the plumbing measures them, with random z.
     netG_ema = copy.deepcopy(netG).eval().requires_grad_(False)
     betas = (args.beta1, args.beta2)  # by default (0.5, 0.999), as in DCGAN
@@ -202,7 +203,7 @@ def train(args):
             factor = min(1, 2 - 2 * run.done)
         optG.param_groups[0]["lr"] = factor * args.lr_g
         optD.param_groups[0]["lr"] = factor * args.lr_d
-        train_g = (step + 1) % args.d_steps == 0  # netD: every step; netG: every d_steps-th
+        train_g = (step + 1) % args.d_steps == 0  # netD: every step; netG: the last of d_steps
 
         # D step: tell real from fake, in one pass. If netD gets BatchNorm, make two passes, or its
         # statistics mix real and fake.
@@ -210,12 +211,12 @@ def train(args):
         with run.autocast():
             with torch.set_grad_enabled(train_g):  # the G step, if there is one, needs fake's graph
                 fake = ddpG(z)
-            both = torch.cat((real, fake.detach()))  # in fp32, though fake may be bf16
+            both = torch.cat((real, fake.detach()))
             logits = ddpD(both).float()  # losses in fp32
         real_logits, fake_logits = logits.chunk(2)
         loss_d = d_loss(real_logits, fake_logits)
-        # The log has loss_d without the penalty. D is sigmoid(netD), a probability with losses like
-        # this one; with a hinge or Wasserstein loss log the plain logits.
+        # In the log loss_d is without the penalty. D = sigmoid(logits) is a probability only with
+        # cross-entropy; with a hinge or Wasserstein loss log the logits themselves.
         run.log({"loss_d": loss_d, "D(x)": real_logits.sigmoid(), "D(G(z))": fake_logits.sigmoid()})
         if args.gp_weight > 0 and step % args.gp_every == 0:  # "lazy": StyleGAN2, appendix B
             # Not ddpD: DistributedDataParallel does not support autograd.grad. The weights are
@@ -240,7 +241,7 @@ def train(args):
         optG.step()
         netD.requires_grad_(True)
 
-        # Warm-up: from 0.1 at step 0 up to args.ema. With --ema 0 the average is netG's weights.
+        # decay rises from 0.1 at step 0 to args.ema. With --ema 0 the average is netG's weights.
         decay = min(args.ema, (1 + step) / (10 + step))
         with torch.no_grad():
             for average, w in zip(netG_ema.parameters(), netG.parameters()):
