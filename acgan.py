@@ -5,15 +5,15 @@ with a second head, names the class. The nets are those of dcgan.py.
 
     python acgan.py                                            # embedded digits, no download
     python acgan.py --dataset cifar10                          # or class folders, or a .zip of them
-    python acgan.py --recipe paper                             # the paper's losses, dcgan.py's nets
+    python acgan.py --recipe paper                             # nearly the paper's (see RECIPES)
     python acgan.py --resume                                   # go on with the last stopped run
     python acgan.py --sample runs/acgan-digits --labels 3,7    # a column for each class
     torchrun --nproc_per_node 2 acgan.py                       # one process for each GPU
 
 z is multiplied by a learned vector of the class, where the paper appends the class to it.
 
-The default is not the paper's. netD's class head has 2n outputs for n classes: n for real images,
-n for fakes (ADC-GAN, Hou et al. 2022); netG raises output "real k" and lowers output "fake k". With
+The default is not the paper's. netD's class head has 2n outputs for n classes (ADC-GAN, Hou et al.
+2022): for netD a real image of class k is k, a fake one n + k; netG raises k and lowers n + k. With
 n outputs, as in the paper, the pictures of a class become too much alike. The gradient penalty (R1)
 has three times dcgan.py's weight, and with 2n outputs is on the class head, too. The rest is as in
 dcgan.py. MNIST takes 6 minutes on one core of an AMD EPYC (benchmarks/RESULTS.md).
@@ -68,8 +68,8 @@ METHOD = "acgan"  # kept in checkpoints; a copy of this file for another method 
 RECIPES = {
     "default": "--ngf 64 --ndf 32 --batch_size 32 --lr_g 2e-3 --lr_d 1e-3 --lr_decay linear"
                " --gp_weight 0.9 --ema 0.999 --aux adc",
-    # Appendix A, CIFAR-10: rates, batch, dropout. Add --img_size 32 to get the paper's widths of
-    # netG: 384, 192, 96. netD's are then 64, 128, 256; the paper's six go from 16 to 512.
+    # Appendix A, CIFAR-10: batch, dropout, one of its rates. With --img_size 32 netG has its widths,
+    # 384, 192, 96; netD has 3 hidden layers, 64, 128, 256, where the paper has 6, from 16 to 512.
     "paper": "--ngf 96 --ndf 64 --batch_size 100 --lr_g 2e-4 --lr_d 2e-4 --lr_decay none"
              " --gp_weight 0 --ema 0 --aux acgan --dropout 0.5",
 }
@@ -107,7 +107,7 @@ class Generator(nn.Module):
                        "widest": widest}
         self.label_emb = nn.Embedding(n_classes, nz)
         stages = int(math.log2(img_size)) - 3  # each doubles height and width; 3 at img_size 64
-        channels = ngf * min(2**stages, widest)  # widest: 8, but for files that config_of reads
+        channels = ngf * min(2**stages, widest)  # widest is 8 except in files read by config_of
         layers = [nn.ConvTranspose2d(nz, channels, 4, 1, 0, bias=False)]  # (ngf*8) x 4 x 4
         layers += [nn.BatchNorm2d(channels), nn.ReLU(inplace=True)]
         for k in reversed(range(stages)):  # (ngf*4) x 8 x 8, (ngf*2) x 16 x 16, ngf x 32 x 32
@@ -120,7 +120,7 @@ class Generator(nn.Module):
 
     def forward(self, z, labels):
         z = z.flatten(1)
-        z = z * self.label_emb(labels)  # the class scales each of z's nz components
+        z = z * self.label_emb(labels)  # the class sets the spread of each component of z
         if z.is_cuda:  # the same, strided as channels_last: else --compile fails (pytorch#171622)
             return self.main(z[:, None, None].permute(0, 3, 1, 2))
         return self.main(z[:, :, None, None])
@@ -198,7 +198,7 @@ def g_class_loss(class_logits, labels, fake_offset):
     """-log P(k) for fakes of class k: the part of the paper's -L_C that depends on netG.
 
     fake_offset: n with adc, where output n + k means "fake k"; else 0. The loss of adc is
-    -log P(k) + log P(n + k), which is class logit n + k minus class logit k.
+    -log P(k) + log P(n + k), which is c[n + k] - c[k], where c are the class logits.
     """
     loss = F.cross_entropy(class_logits, labels)
     if fake_offset > 0:  # adc
@@ -212,10 +212,10 @@ def accuracy(class_logits, labels, n):
 def gradient_penalty(netD, real, labels, fake_offset):
     """R1, Mescheder et al. 2018, eq. 9: half the squared gradient of netD's score at real images.
 
-    The score is the logit. With adc, for an image of class k: logit + class logit k - class logit
-    n + k, of which the last two are log P(k) - log P(n + k). Also divided by nc: Mescheder's gamma
-    is --gp_weight / nc. With BatchNorm in netD an image's gradient also goes through the others of
-    its batch.
+    The score is the logit. With adc, for an image of class k with class logits c, it is
+    logit + c[k] - c[n + k], that is logit + log P(k) - log P(n + k). Also divided by nc:
+    Mescheder's gamma is --gp_weight / nc. With BatchNorm in netD an image's gradient also goes
+    through the others of its batch.
     """
     x = real.detach().requires_grad_()
     # .forward: not compiled; what is compiled has no second derivative.
@@ -248,7 +248,7 @@ def train(args):
         net.to(run.device, memory_format=run.memory_format)
 
     # Samples come from this moving average of netG's weights, updated after each G step. Statistics
-    # of BatchNorm are not averaged: before each save the plumbing measures them, with random z.
+    # of BatchNorm are not averaged: before each save the plumbing measures them, on all classes.
     netG_ema = copy.deepcopy(netG).eval().requires_grad_(False)
     betas = (args.beta1, args.beta2)  # by default (0.5, 0.999), as in DCGAN
     optG = torch.optim.Adam(netG.parameters(), args.lr_g, betas, fused=True)
@@ -281,8 +281,8 @@ def train(args):
         real_logits, real_class = real_logits.float(), real_class.float()
         fake_logits, fake_class = fake_logits.float(), fake_class.float()
         loss_d = d_loss(real_logits, fake_logits, args)
-        # The log has loss_d as in dcgan.py, without class loss and penalty; loss_g is all of netG's
-        # loss. D is the sigmoid of the first output.
+        # In the log loss_d is as in dcgan.py, without class loss and penalty. D is the sigmoid of the
+        # real/fake logit.
         run.log({"loss_d": loss_d, "D(x)": real_logits.sigmoid(), "D(G(z))": fake_logits.sigmoid()})
         run.log({"acc_real": accuracy(real_class, labels, n)})
         run.log({"acc_fake": accuracy(fake_class, labels, n)})
@@ -309,7 +309,7 @@ def train(args):
             fake_logits, fake_class = netD(fake)
         class_loss_g = g_class_loss(fake_class.float(), labels, fake_offset)
         loss_g = g_loss(fake_logits.float()) + args.aux_g * class_loss_g
-        run.log({"loss_g": loss_g})
+        run.log({"loss_g": loss_g})  # with the class loss; with adc it can be negative
         optG.zero_grad()
         loss_g.backward()
         optG.step()
