@@ -5,7 +5,7 @@ game: netD learns to tell real pictures from netG's, netG to make those that net
 
     python dcgan.py                               # embedded digits, no download
     python dcgan.py --dataset celeba --ngf 128    # 64x64 RGB; or mnist, a folder, a .zip
-    python dcgan.py --recipe paper                # as the paper trains, except that z is normal
+    python dcgan.py --recipe paper                # nearly the paper's (see RECIPES)
     python dcgan.py --resume                      # go on with the last run that was stopped
     python dcgan.py --sample runs/dcgan-digits    # a grid of new pictures
     torchrun --nproc_per_node 2 dcgan.py          # one process for each GPU
@@ -16,7 +16,7 @@ smaller nets and batches, and learning rates 10 (netG) and 5 (netD) times the pa
 (benchmarks/RESULTS.md).
 """
 
-# The method needs copy, math, torch, F, nn, spectral_norm. The others are for the lower part.
+# The method needs copy, math, torch, F, nn, spectral_norm. The rest is for the lower part of the file.
 import argparse
 import contextlib
 import copy
@@ -59,12 +59,13 @@ METHOD = "dcgan"  # kept in checkpoints; a copy of this file for another method 
 # ------------------------------------------------------------------------------------------- flags
 
 # Default values, written as flags. "paper" overrides "default" in the flags that it lists, and only
-# there. The lower part of the file (make_parser) has --lr_g, --lr_d, --beta1, --beta2, --max_steps,
-# --nc (image channels) and --batch_size (for each process). The others are defined just below.
+# there. --batch_size (for each process), --lr_g, --lr_d and more flags that all scripts have are
+# defined in the lower part of the file, in make_parser, all others just below.
 RECIPES = {
     "default": "--ngf 64 --ndf 32 --batch_size 32 --lr_g 2e-3 --lr_d 1e-3 --lr_decay linear"
                " --gp r1 --gp_weight 0.3 --ema 0.999",
-    # Section 4; figure 1 for netG, the authors' code for netD.
+    # Section 4; figure 1 for netG, the authors' code for netD. Not theirs: z is normal, not uniform;
+    # kernels are 4x4, not 5x5; --dataset celeba and cifar10 flip images.
     "paper": "--ngf 128 --ndf 128 --batch_size 128 --lr_g 2e-4 --lr_d 2e-4 --lr_decay none"
              " --gp none --ema 0",
 }
@@ -95,7 +96,7 @@ def add_method_flags(group):
     flag("--replay", type=fraction, default=0.0, help="share of netD's fakes that are old ones")
     flag("--optim_g", choices=("adam", "rmsprop"), default="adam", help="optimizer of netG")
     flag("--optim_d", choices=("adam", "rmsprop"), default="adam", help="optimizer of netD")
-    flag("--lr_decay", choices=("none", "linear", "step"), help="linear: to 0 in the second half")
+    flag("--lr_decay", choices=("none", "linear", "step"), help="linear: to 0 in the run's second half")
     flag("--lr_step", type=positive, default=10, metavar="N", help="step: halve every N epochs")
 
 # -------------------------------------------------------------------------------------------- nets
@@ -105,8 +106,8 @@ class Generator(nn.Module):
 
     Radford et al. 2016, figure 1, at img_size 64 and ngf 128, with kernels of 4x4, not 5x5. Names
     and order of the layers are those of pytorch/examples, so that its state dicts load. No layer
-    has more than widest * ngf channels; with ngf 64 these are 512, StyleGAN's bound. Only config_of
-    gives another widest than 8, for files of others.
+    has more than widest * ngf channels; with ngf 64 these are 512, StyleGAN's bound. widest is 8
+    but for files of others, in which config_of may find more.
     """
 
     def __init__(self, nz=100, ngf=64, nc=3, img_size=64, widest=8):
@@ -128,8 +129,8 @@ class Generator(nn.Module):
     def forward(self, z, labels=None):  # sampling passes labels, for nets with classes
         z = z.flatten(1)
         if z.is_cuda:  # the same, strided as channels_last: else --compile fails (pytorch#171622)
-            return self.main(z[:, None, None].permute(0, 3, 1, 2))
-        return self.main(z[:, :, None, None])
+            return self.main(z[:, None, None].permute(0, 3, 1, 2))  # (N, 1, 1, nz) -> (N, nz, 1, 1)
+        return self.main(z[:, :, None, None])  # (N, nz, 1, 1)
 
 class Discriminator(nn.Module):
     """(N, nc, img_size, img_size) images in [-1, 1] -> (N) logits: real if positive."""
@@ -168,7 +169,7 @@ def weights_init(net, init="dcgan"):
                 nn.init.normal_(w, 0.0, 0.02)
             elif init == "xavier":
                 nn.init.xavier_normal_(w)
-            elif isinstance(m, nn.ConvTranspose2d):  # (in, out, 4, 4): fans are swapped
+            elif isinstance(m, nn.ConvTranspose2d):  # w is (in, out, 4, 4): fan_out counts inputs
                 nn.init.kaiming_normal_(w, mode="fan_out", nonlinearity="relu")
             else:
                 nn.init.kaiming_normal_(w, a=0.2, mode="fan_in")  # the slope of LeakyReLU
@@ -206,8 +207,8 @@ def g_loss(fake_logits, args):
 def gradient_penalty(netD, real, fake, kind):
     """r1: Mescheder et al. 2018, eq. 9. interpolate: Gulrajani et al. 2017, eq. 3. Not in bf16.
 
-    r1 is also divided by nc: Mescheder's gamma is --gp_weight / nc. One weight then suits both grey
-    and RGB. With BatchNorm in netD an image's gradient also goes through the others of its batch.
+    r1 is |grad|^2 / (2 nc), so that one --gp_weight suits grey and RGB: Mescheder's gamma divided by
+    nc. With BatchNorm in netD an image's gradient also goes through the others of its batch.
     """
     if kind == "r1":
         x = real
@@ -215,7 +216,7 @@ def gradient_penalty(netD, real, fake, kind):
         a = torch.rand(len(real), 1, 1, 1, device=real.device)
         x = a * fake + (1 - a) * real
     x = x.detach().requires_grad_()
-    logits = netD.forward(x)  # .forward: not compiled; what is compiled has no second derivative
+    logits = netD.forward(x)  # .forward skips --compile, which has no second derivative
     (grad,) = torch.autograd.grad(logits, x, torch.ones_like(logits), create_graph=True)
     squared = grad.square().sum((1, 2, 3))
     nc = x.shape[1]
@@ -237,7 +238,7 @@ class Replay:
         """(N, nc, H, W) fakes -> as many, a share of them from those of the eight calls before."""
         if self.share == 0:
             return fake
-        old = fake if self.old is None else self.old.to(fake)  # in a checkpoint it is on the CPU
+        old = fake if self.old is None else self.old.to(fake)  # from a checkpoint it is on the CPU
         self.old = torch.cat((old, fake))[-8 * len(fake):]
         pick = torch.randperm(len(old), device=fake.device)[:round(self.share * len(fake))]
         return torch.cat((fake[len(pick):], old[pick]))
@@ -254,8 +255,8 @@ def make_optimizer(name, net, lr, args):
     return torch.optim.Adam(net.parameters(), lr, (args.beta1, args.beta2), fused=True)
 
 def lr_factor(args, run):
-    """The factor on both learning rates."""
-    if args.lr_decay == "linear":  # to 0, from the middle of the run on
+    """The factor on both learning rates. run.done goes from 0 to 1; few images end a run earlier."""
+    if args.lr_decay == "linear":  # 1 in the first half, then a straight line to 0
         return min(1, 2 - 2 * run.done)
     if args.lr_decay == "step":
         return 0.5 ** (run.epoch // args.lr_step)
@@ -263,7 +264,7 @@ def lr_factor(args, run):
 
 def train(args):
     # Run, further down, is the plumbing: devices, data, log, checkpoints. Used here:
-    #   run.done          the fraction of the run that is over
+    #   run.done          the share of --max_steps that is done
     #   run.autocast()    bfloat16 where it is fast; bfloat16 needs no GradScaler
     #   run.log({...})    a line of the log has the mean of all values since the line before
     #   run.epoch         how often the data was seen
@@ -275,7 +276,7 @@ def train(args):
         net.to(run.device, memory_format=run.memory_format)
 
     # Samples come from this moving average of netG's weights, updated after each G step. Statistics
-    # of BatchNorm are not averaged: before each save the plumbing measures them, with random z.
+    # of BatchNorm are not averaged: before each save the plumbing measures them, on 512 latents.
     netG_ema = copy.deepcopy(netG).eval().requires_grad_(False)
     optG = make_optimizer(args.optim_g, netG, args.lr_g, args)
     optD = make_optimizer(args.optim_d, netD, args.lr_d, args)
@@ -288,7 +289,7 @@ def train(args):
 
     # run.steps yields (step, images in [-1, 1], labels) until the run is done. Steps count from 0,
     # and --resume goes on counting. Checkpoints keep the arguments of run.steps under these names.
-    # It logs, saves and draws between steps, also after a `continue`.
+    # run.steps logs, saves and draws between steps, also after a `continue`.
     for step, real, _ in run.steps(netG=netG, netD=netD, netG_ema=netG_ema, optG=optG, optD=optD,
                                    replay=replay):
         factor = lr_factor(args, run)
@@ -299,7 +300,7 @@ def train(args):
         # D step: tell real from fake. In two passes, for BatchNorm must not mix real and fake.
         z = torch.randn(len(real), args.nz, device=run.device)
         with run.autocast():
-            with torch.set_grad_enabled(train_g):  # the G step, if there is one, needs fake's graph
+            with torch.set_grad_enabled(train_g):  # only a G step needs fake's graph
                 fake = ddpG(z)
             real_logits = ddpD(real).float()
             fake_logits = ddpD(replay(fake.detach())).float()
@@ -426,7 +427,7 @@ def make_parser():
     flag = parser.add_argument_group("optimisation").add_argument
     flag("--recipe", choices=RECIPES, default="default", help="paper: what its authors chose")
     flag("--max_steps", type=positive, action=Length, help="length of the run, in steps of netD")
-    flag("--epochs", type=positive, action=Length, help="or in passes over the data; if both, the less")
+    flag("--epochs", type=positive, action=Length, help="or in passes over the data; the last given counts")
     flag("--batch_size", type=at_least_2, help="images per process and step")
     flag("--lr", type=not_negative, action=BothRates, default=argparse.SUPPRESS, help="both rates")
     flag("--lr_g", type=not_negative, help="learning rate of netG")
@@ -439,9 +440,9 @@ def make_parser():
     flag("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps")
     flag("--precision", choices=("auto", "fp32", "bf16"), default="auto", help="auto: bf16 if fast")
     flag("--compile", action=switch, default=False, help="torch.compile both nets: for long runs")
-    flag("--out_dir", help=f"where the run is kept; if none, a new folder runs/{SCRIPT}-DATASET")
-    flag("--resume", nargs="?", const="", metavar="PATH", help="go on with a run, the last")
-    flag("--save_interval", type=positive, metavar="STEPS", help="from save to save (50 a run)")
+    flag("--out_dir", help=f"for the run; if none, runs/{SCRIPT}-DATASET; -2, ... if not empty")
+    flag("--resume", nargs="?", const="", metavar="PATH", help="go on with the last stopped run, or PATH")
+    flag("--save_interval", type=positive, metavar="STEPS", help="if none, 50 saves a run, or fewer")
     flag("--keep_every", type=positive, metavar="EPOCHS", help="also keep numbered checkpoints")
     flag("--log_interval", type=positive, default=50, metavar="STEPS", help="between lines of the log")
     flag("--tensorboard", action=switch, default=False, help="scalars and grids for TensorBoard")
@@ -475,7 +476,8 @@ def get_args(argv=None):
     for name in ("batch_size", "lr_g", "lr_d", *vars(method.parse_args([]))):
         if values[name] is None:
             raise ValueError(f"--{name} has no default: write one into RECIPES")
-    values["epochs"] = values["epochs"] or MAX_EPOCHS  # whichever is over first
+    if values["epochs"] is None:  # no data set has --epochs above
+        values["epochs"] = MAX_EPOCHS  # or --max_steps, whichever is over first
     path = None
     if "resume" in typed:
         path = last_checkpoint(typed["resume"] or typed.get("out_dir") or newest_stopped_run())
@@ -490,12 +492,12 @@ def get_args(argv=None):
 
 def typed_flags(parser, argv):
     """{flag: value} of the command line, without defaults."""
-    blank = dict.fromkeys(vars(parser.parse_args([])))  # None: argparse gives no default to these
+    blank = dict.fromkeys(vars(parser.parse_args([])))  # all None. argparse leaves what is set
     args, _ = parser.parse_known_args(argv, argparse.Namespace(**blank))
     return {name: value for name, value in vars(args).items() if value is not None}
 
 def refuse_useless(parser, typed):
-    """Ends the program at a flag that does nothing with, or without, --sample or --resume."""
+    """Ends the program at a flag that would do nothing: with --sample, or only without it."""
     for_sampling = {"n_samples", "out", "labels", "walk_dim"}
     if "sample" in typed:
         useless = typed.keys() - for_sampling - {"sample", "seed", "device", "batch_size"}
@@ -586,9 +588,12 @@ def download(args):
 def list_folder(path):
     """{name: stamp} of all files below a folder, behind links too. Says which cannot be read."""
     stamps = {}
-    unreadable = []
     entered = set()
-    for folder, subfolders, files in os.walk(path, onerror=unreadable.append, followlinks=True):
+
+    def left_out(error):
+        say(f"left out {error.filename}: {error.strerror}")
+
+    for folder, subfolders, files in os.walk(path, onerror=left_out, followlinks=True):
         real = os.path.realpath(folder)
         if real in entered:  # links in circles would never end
             say(f"left out {folder}: it is {real}, which is listed already")
@@ -601,12 +606,11 @@ def list_folder(path):
             try:
                 stat = file.stat()
             except OSError as e:
-                unreadable.append(e)
+                left_out(e)
                 continue
             # ctime, too: after cp -p or mv another file may have the same mtime.
-            stamps[file.relative_to(path).as_posix()] = stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns
-    for e in unreadable:
-        say(f"left out {e.filename}: {e.strerror}")
+            times = stat.st_mtime_ns, stat.st_ctime_ns
+            stamps[file.relative_to(path).as_posix()] = stat.st_size, *times
     return stamps
 
 def open_files(path):
@@ -664,7 +668,8 @@ def is_deep(img):
     return img.mode[0] in "IF"
 
 def find_limits(open_image, chosen):
-    """(black, white) of deep images: what all of them hold. None if there are none among a hundred images."""
+    """(black, white) of deep images: the range of all their values. Looked for among a hundred images
+    first, for most data sets have none."""
     lows, highs = [0.0], [0.0]
 
     def look(i):
@@ -678,8 +683,8 @@ def find_limits(open_image, chosen):
 
     with ThreadPool() as pool:
         pool.map(look, chosen[::len(chosen) // 100 + 1])
-        if len(lows) == 1:
-            return None
+        if len(lows) == 1:  # none is deep, and nobody will ask
+            return 0, 65535
         pool.map(look, chosen)
     low, high = min(lows), max(highs)
     if low == 0:  # up to a number of bits, or to 1; resizing may have gone beyond it a little
@@ -746,7 +751,7 @@ def cache_file(args, name):
 
 def decode(args, names, open_image, chosen, cache):
     """Writes the cache: for each image that can be read a row, its index and its pixels."""
-    limits = find_limits(open_image, chosen) or (0, 65535)
+    limits = find_limits(open_image, chosen)
     failed = []
 
     def row(i):
@@ -777,7 +782,8 @@ def latents(seed, start, n, nz):
 
 @torch.no_grad()
 def generate(netG, z, labels, batch_size=64):
-    """Latents (n, nz), labels (n) -> uint8 (n, H, W, C), whatever n: the last batch is padded."""
+    """Latents (n, nz), labels (n) -> uint8 (n, H, W, C). The last batch is padded: in one of another
+    size a picture may differ in its last bit."""
     device = next(netG.parameters()).device
     images = []
     for i in range(0, len(z), batch_size):
@@ -912,7 +918,7 @@ def find_generator(ckpt, path):
     """The first state dict in somebody's checkpoint that fits Generator, whatever it is called."""
     dicts = [ckpt]
     for state in dicts:
-        dicts += [value for value in state.values() if isinstance(value, dict)]  # which come later
+        dicts += [value for value in state.values() if isinstance(value, dict)]  # the loop gets there
         names = [name for name in state if isinstance(name, str)]
         prefixes = {name.partition("main.0.")[0] for name in names if "main.0." in name}
         for prefix in sorted(prefixes):  # "", "module.", "netG.", ...
@@ -924,7 +930,8 @@ def find_generator(ckpt, path):
     raise UserError(f"{path}: no state dict in it fits the Generator of {SCRIPT}.py")
 
 def load_state(part, state, path):
-    """part.load_state_dict(state). An optimizer keeps today's options, such as betas."""
+    """part.load_state_dict(state). An optimizer keeps today's options, such as betas, which
+    load_state_dict would put the saved ones in place of."""
     groups = getattr(part, "param_groups", None)
     try:
         if groups and ("betas" in groups[0]) != ("betas" in state["param_groups"][0]):
@@ -932,7 +939,7 @@ def load_state(part, state, path):
         part.load_state_dict(state)
     except (KeyError, RuntimeError, ValueError) as e:
         raise UserError(f"{path}: of other nets or optimizers than asked for: {e}") from e
-    if groups:  # load_state_dict has put the saved ones in their place
+    if groups:
         part.param_groups = groups
 
 # --------------------------------------------------------------------------------------------- run
@@ -969,14 +976,13 @@ class Run:
         self.load_images(labelled)  # images, labels, classes, batch, epoch_size
         self.step = self.seen = 0  # seen: images, by all processes
         self.signum = 0
-        self.has_checkpoint = False
         self.to_log = {}
         self.order = None
         torch.manual_seed(args.seed)
 
     @property
     def done(self):
-        """How much of the run is over, from 0 to 1. Few images end it earlier, by MAX_EPOCHS."""
+        """The share of --max_steps that is done. Where MAX_EPOCHS ends a run it stays below 1."""
         return self.step / (self.args.max_steps or self.total)
 
     @property
@@ -990,10 +996,12 @@ class Run:
         if os.environ.get("WORLD_SIZE", "1") == "1":
             self.device = pick_device(self.args.device)
             return
-        numbers = [os.environ.get(name, "") for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_PORT")]
+        numbers = []
+        for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_PORT"):  # the port only for the check
+            numbers.append(os.environ.get(name, ""))
         if "MASTER_ADDR" not in os.environ or not all(map(str.isdecimal, numbers)):
             raise UserError("WORLD_SIZE is set, but not all that torchrun sets: use it, or unset WORLD_SIZE")
-        self.rank, self.local_rank, self.world, _ = map(int, numbers)
+        self.rank, self.local_rank, self.world = map(int, numbers[:3])
         name = self.args.device
         if name == "auto":
             name = "cuda" if torch.cuda.is_available() else "cpu"  # gloo cannot exchange on MPS
@@ -1053,7 +1061,7 @@ class Run:
             net.compile(dynamic=False)  # in place: names stay, and forward() is as it was
         if self.world > 1:
             net = DistributedDataParallel(net)
-            # Not an argument, where it warns. A broadcast between netD's two passes spoils the backward.
+            # As an argument it warns. A broadcast between netD's two passes spoils the backward.
             net.broadcast_buffers = False
         return net
 
@@ -1098,11 +1106,10 @@ class Run:
         if save and self.rank == 0:
             self.save(keep)
             self.draw()
-        self.has_checkpoint = self.has_checkpoint or save
         return stop
 
     def command(self, flag):
-        """What to type to go on with this run."""
+        """What to type to go on with this run, or to sample from it."""
         return f"python {SCRIPT}.py {flag} {shlex.quote(str(self.out_dir))}"
 
     def restore(self):
@@ -1117,17 +1124,14 @@ class Run:
             load_state(part, ckpt.get(name, {}), path)
         self.step = ckpt["step"]
         self.seen = ckpt["seen"] // self.batch * self.batch  # --batch_size may be another now
-        self.has_checkpoint = True
 
     def plan(self):
         """How long the run is, how often it saves, and what its grids show."""
         args = self.args
-        lengths = []
-        if args.max_steps:
-            lengths.append(args.max_steps)
+        self.total = args.max_steps or sys.maxsize
         if args.epochs:
-            lengths.append(self.step + (args.epochs * self.epoch_size - self.seen) // self.batch)
-        self.total = min(lengths)
+            left = (args.epochs * self.epoch_size - self.seen) // self.batch
+            self.total = min(self.total, self.step + left)
         if self.step >= self.total:
             done = f"{args.resume} has done its {self.step} steps"
             raise UserError(f"--resume: {done}; give more --max_steps or --epochs")
@@ -1144,7 +1148,8 @@ class Run:
         netG = self.state["netG_ema"]
         if "n_classes" in netG.config and self.labels.min() < 0:
             raise ValueError("netG takes labels, and images have none: Run(args, labelled=True)")
-        shape = generate(netG, *self.inputs)[:1].shape
+        z, labels = self.inputs
+        shape = generate(netG, z[:1], labels[:1]).shape
         wanted = (1, self.args.img_size, self.args.img_size, self.args.nc)
         if shape != wanted:
             raise ValueError(f"netG makes pictures of shape {shape}, the images have {wanted}")
@@ -1164,20 +1169,18 @@ class Run:
             return
         name = Path(args.out_dir or f"runs/{SCRIPT}-{Path(args.dataset).resolve().stem}")
         goes_on = args.resume and Path(args.resume).resolve().parent == name.resolve()
-        self.out_dir, number = name, 1
-        while True:
+        self.out_dir = name
+        for number in itertools.count(2):
             self.out_dir.mkdir(parents=True, exist_ok=True)
             lock = FileLock(self.out_dir / ".lock", timeout=0)
-            if goes_on or set(os.listdir(self.out_dir)) <= {".lock"}:
-                try:
+            empty = set(os.listdir(self.out_dir)) <= {".lock"}
+            try:
+                if goes_on or empty:
                     lock.acquire()
-                except Timeout:
-                    if goes_on:
-                        raise UserError(f"--resume: another process is training in {name}") from None
-                if lock.is_locked and (goes_on or os.listdir(self.out_dir) == [".lock"]):
                     break
-                lock.release()
-            number += 1
+            except Timeout:  # another process has this folder
+                if goes_on:
+                    raise UserError(f"--resume: another process is training in {name}") from None
             self.out_dir = name.with_name(f"{name.name}-{number}")
         try:
             yield
@@ -1186,7 +1189,7 @@ class Run:
 
     @contextlib.contextmanager
     def heed_signals(self):
-        """Inside, SIGINT, SIGTERM and SIGHUP, unless ignored by nohup, end the run after its step."""
+        """Inside, SIGINT, SIGTERM and (but for nohup) SIGHUP end the run after its step."""
         def note(signum, frame):
             self.signum = signum
 
@@ -1203,12 +1206,12 @@ class Run:
                 signal.signal(signum, handler)
 
     def begin(self):
-        """Prints the plan; draws real images, and what netG makes before its first step."""
+        """Prints the plan; draws real images, and what netG makes so far."""
         args = self.args
         some = np.random.default_rng(args.seed).permutation(len(self.images))[:64]
         save_grid(self.out_dir / "samples" / "real.png", self.images[some].cpu().numpy(), 8)
         before = min(self.total, vars(args).get("pretrain_d", 0))  # a flag that some scripts have
-        g_steps = self.total // args.d_steps - before // args.d_steps
+        g_steps = self.total // args.d_steps - before // args.d_steps  # one at each multiple of d_steps
         length = f"{self.total} steps"
         if g_steps != self.total:
             length = f"{self.total} netD steps, {g_steps} netG steps"
@@ -1224,7 +1227,8 @@ class Run:
         self.draw()
 
     def next_batch(self):
-        """Its randomness comes from (seed, step, rank): a resume needs no other random state."""
+        """The order comes from (seed, epoch), all other randomness from (seed, step, rank): a resume
+        needs no random state."""
         args, device = self.args, self.device
         epoch, start = divmod(self.seen, self.epoch_size)
         if start == 0 or self.order is None:
@@ -1258,7 +1262,9 @@ class Run:
 
     def write_log(self):
         """A line of log.jsonl, the bar and TensorBoard."""
-        row = {name: torch.stack(values).float().mean().item() for name, values in self.to_log.items()}
+        row = {}
+        for name, values in self.to_log.items():
+            row[name] = torch.stack(values).float().mean().item()
         self.check_finite(row)
         now = time.perf_counter()
         row["images/s"] = (self.step - self.logged) * self.batch / (now - self.log_time)
@@ -1278,8 +1284,7 @@ class Run:
         nets = [part for part in self.state.values() if isinstance(part, nn.Module)]
         norm = nn.utils.get_total_norm([w for net in nets for w in net.parameters()]).item()
         if not all(math.isfinite(value) for value in (norm, *row.values())):
-            kept = "the last checkpoint is good" if self.has_checkpoint else "nothing is saved yet"
-            said = f"losses or weights are not finite at step {self.step}; {kept}"
+            said = f"losses or weights are not finite at step {self.step}, and not saved"
             raise FloatingPointError(f"{said}; try a lower --lr, more --gp_weight or --precision fp32")
 
     def save(self, keep):
@@ -1321,7 +1326,7 @@ class Run:
     def save_gif(self):
         """samples.gif: how the grids came about, in at most 100 frames."""
         files = sorted((self.out_dir / "samples").glob("step_*.png"))
-        every = len(files) // 100 + 1
+        every = len(files) // 99 + 1
         frames = [Image.open(file).convert("RGB") for file in files[:-1:every] + files[-1:]]
         times = [200] * (len(frames) - 1) + [1000]
         with atomic_write(self.out_dir / "samples.gif") as f:
