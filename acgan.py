@@ -425,7 +425,7 @@ def make_parser():
     flag("--precision", choices=("auto", "fp32", "bf16"), default="auto", help="auto: bf16 if fast")
     flag("--compile", action=switch, default=False, help="torch.compile both nets: for long runs")
     flag("--out_dir", help=f"for the run; if none, runs/{SCRIPT}-DATASET; -2, ... if not empty")
-    flag("--resume", nargs="?", const="", metavar="PATH", help="go on with the last stopped run, or PATH")
+    flag("--resume", nargs="?", const=True, metavar="PATH", help="go on with the last stopped run, or PATH")
     flag("--save_interval", type=positive, metavar="STEPS", help="if none, 50 saves a run, or fewer")
     flag("--keep_every", type=positive, metavar="EPOCHS", help="also keep numbered checkpoints")
     flag("--log_interval", type=positive, default=50, metavar="STEPS", help="between lines of the log")
@@ -464,7 +464,10 @@ def get_args(argv=None):
         values["epochs"] = MAX_EPOCHS  # or --max_steps, whichever is over first
     path = None
     if "resume" in typed:
-        path = last_checkpoint(typed["resume"] or typed.get("out_dir") or newest_stopped_run())
+        given = typed["resume"]
+        if given is True:  # without PATH
+            given = typed.get("out_dir") or newest_stopped_run()
+        path = last_checkpoint(given)
         saved = load_checkpoint(path)["args"]
         values |= {name: saved[name] for name in values.keys() & saved.keys()}  # those still there
         values["out_dir"] = str(Path(path).parent)
@@ -493,6 +496,8 @@ def refuse_useless(parser, typed):
         parser.error(f"--{min(useless)} {said} --sample would do nothing")
     if "resume" in typed and "recipe" in typed:
         parser.error("--recipe with --resume: give the flags of the recipe that are to change")
+    if typed.get("resume") is True and "dataset" in typed and "out_dir" not in typed:
+        parser.error("--dataset with --resume: name the run, too, as in --resume RUN")
 
 # -------------------------------------------------------------------------------------------- data
 
@@ -652,8 +657,7 @@ def is_deep(img):
     return img.mode[0] in "IF"
 
 def find_limits(open_image, chosen):
-    """(black, white) of deep images: the range of all their values. Looked for among a hundred images
-    first, for most data sets have none."""
+    """(black, white) of deep images: the range of all their values."""
     lows, highs = [0.0], [0.0]
 
     def look(i):
@@ -666,10 +670,9 @@ def find_limits(open_image, chosen):
                 highs.append(float(values.max()))
 
     with ThreadPool() as pool:
-        pool.map(look, chosen[::len(chosen) // 100 + 1])
-        if len(lows) == 1:  # none is deep, and nobody will ask
-            return 0, 65535
         pool.map(look, chosen)
+    if len(lows) == 1:  # none is deep, and nobody will ask
+        return 0, 65535
     low, high = min(lows), max(highs)
     if low == 0:  # up to a number of bits, or to 1; resizing may have gone beyond it a little
         high = next((top for top in (1, 255, 1023, 4095, 16383, 65535) if high <= 1.05 * top), high)
@@ -719,7 +722,12 @@ def load_data(args, labelled=False):
     brightest = rows["pixels"][:100].max()
     if brightest < 64:
         say(f"warning: these images are dark: no value of the first 100 is above {brightest} of 255")
-    return rows["pixels"], labels[rows["index"]], classes
+    labels = labels[rows["index"]]
+    found = set(labels.tolist())
+    empty = [name for k, name in enumerate(classes) if k not in found]
+    if labelled and empty:
+        say(f"warning: there is no image of {', '.join(empty)}")
+    return rows["pixels"], labels, classes
 
 def cache_file(args, name):
     """Where a cache is, or can be written: below --data_dir, or else in the user's own folder."""
@@ -1027,7 +1035,9 @@ class Run:
         self.batch = self.args.batch_size * self.world  # of all processes together
         if self.batch > len(images):
             said = f"a step takes {self.batch} images, there are {len(images)}"
-            raise UserError(f"--batch_size: {said}; give --batch_size {len(images) // self.world} or less")
+            fits = len(images) // self.world
+            way_out = f"give --batch_size {fits} or less" if fits > 1 else "give more images"
+            raise UserError(f"--batch_size: {said}; {way_out}")
         self.epoch_size = len(images) // self.batch * self.batch  # the rest fills no batch
         self.images, self.labels = torch.from_numpy(images), torch.from_numpy(labels)
         if self.device.type != "cuda":
@@ -1128,19 +1138,25 @@ class Run:
             self.columns, self.n_grid = min(n_classes, 100), min(10 * n_classes, 512)
 
     def check_generator(self):
-        """Fails before the first step where pictures or checkpoints cannot be made of netG_ema."""
-        netG = self.state["netG_ema"]
+        """Fails before the first step where pictures or checkpoints could not be made, or read."""
+        args, netG = self.args, self.state["netG_ema"]
+        if netG.training:
+            raise ValueError("netG_ema has to be a copy of netG: copy.deepcopy(netG).eval()")
         if "n_classes" in netG.config and self.labels.min() < 0:
             raise ValueError("netG takes labels, and images have none: Run(args, labelled=True)")
+        for name in ("nz", "nc", "img_size"):
+            if netG.config[name] != getattr(args, name):
+                raise ValueError(f"netG.config has {name} {netG.config[name]}, not --{name}")
         z, labels = self.inputs
         shape = generate(netG, z[:1], labels[:1]).shape
-        wanted = (1, self.args.img_size, self.args.img_size, self.args.nc)
+        wanted = (1, args.img_size, args.img_size, args.nc)
         if shape != wanted:
             raise ValueError(f"netG makes pictures of shape {shape}, the images have {wanted}")
         if self.labelled and "n_classes" not in netG.config:
             raise ValueError("netG.config has no n_classes: only class 0 would be drawn")
+        ckpt = torch.load(io.BytesIO(self.pack()), weights_only=True)  # fails for other than plain values
         try:
-            Generator(**netG.config).load_state_dict(netG.state_dict())  # as --sample will
+            Generator(**ckpt["config"]).load_state_dict(ckpt["netG_ema"])  # as --sample will
         except (RuntimeError, TypeError) as e:
             raise ValueError(f"Generator(**netG.config) is not netG: {e}") from e
 
@@ -1152,7 +1168,10 @@ class Run:
             yield
             return
         name = Path(args.out_dir or f"runs/{SCRIPT}-{Path(args.dataset).resolve().stem}")
-        goes_on = args.resume and Path(args.resume).resolve().parent == name.resolve()
+        own = (name / "checkpoint.pt").resolve()  # from a numbered one on it is another run
+        goes_on = args.resume and Path(args.resume).resolve() == own
+        if name.name in ("", ".."):
+            raise UserError(f"--out_dir {name}: give a folder's name")
         self.out_dir = name
         for number in itertools.count(2):
             self.out_dir.mkdir(parents=True, exist_ok=True)
@@ -1164,7 +1183,8 @@ class Run:
                     break
             except Timeout:  # another process has this folder
                 if goes_on:
-                    raise UserError(f"--resume: another process is training in {name}") from None
+                    said = f"another process is training in {name}; name another run"
+                    raise UserError(f"--resume: {said}") from None
             self.out_dir = name.with_name(f"{name.name}-{number}")
         try:
             yield
@@ -1273,20 +1293,24 @@ class Run:
 
     def save(self, keep):
         """A checkpoint; keep: a numbered one too."""
-        netG = self.state["netG_ema"]
-        measure_batchnorm(netG, *self.inputs)
+        measure_batchnorm(self.state["netG_ema"], *self.inputs)
+        names = ["checkpoint.pt"]
+        if keep:
+            names.append(f"checkpoint_epoch_{int(self.epoch):04d}.pt")
+        packed = self.pack()
+        for name in names:
+            with atomic_write(self.out_dir / name) as f:
+                f.write(packed)
+
+    def pack(self):
+        """The bytes of a checkpoint."""
         ckpt = {name: part.state_dict() for name, part in self.state.items()}
-        ckpt |= {"script": METHOD, "args": vars(self.args), "config": netG.config}
+        ckpt |= {"script": METHOD, "args": vars(self.args), "config": self.state["netG_ema"].config}
         ckpt |= {"classes": self.classes, "step": self.step, "total": self.total}
         ckpt |= {"seen": self.seen, "time": time.time()}
         buffer = io.BytesIO()  # torch.save into a file does not say that the disk is full
         torch.save(ckpt, buffer)
-        names = ["checkpoint.pt"]
-        if keep:
-            names.append(f"checkpoint_epoch_{int(self.epoch):04d}.pt")
-        for name in names:
-            with atomic_write(self.out_dir / name) as f:
-                f.write(buffer.getbuffer())
+        return buffer.getbuffer()
 
     def draw(self):
         """A grid of netG_ema's pictures, of the same latents all the time."""
@@ -1321,9 +1345,10 @@ def main():
     memory = MemoryError, torch.OutOfMemoryError
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(errors="backslashreplace")  # for names that a terminal cannot show
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # or temporary files would stay
     try:
         args = get_args()
-        if args.sample:
+        if args.sample is not None:
             sample(args)
         else:
             train(args)

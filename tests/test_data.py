@@ -187,7 +187,7 @@ def test_pixels_survive_the_round_trip(folder):
     """What Run hands out and to_uint8 takes back are the same pixels."""
     images, labels, _ = load(folder, "--img_size 16")
     run = dcgan.Run(dcgan.get_args(words("--dataset", folder, "--img_size 16 --batch_size 24 --device cpu --max_steps 2")))
-    for _, real, told in run.steps(netG_ema=dcgan.Generator(100, 2, 3, 16), netD=dcgan.Discriminator(3, 2, 16)):
+    for _, real, told in run.steps(netG_ema=dcgan.Generator(100, 2, 3, 16).eval(), netD=dcgan.Discriminator(3, 2, 16)):
         run.log({"loss": real.mean()})
         assert (real.min() >= -1, real.max() <= 1) == (True, True)
         got = {image.tobytes(): int(label) for image, label in zip(dcgan.to_uint8(real), told)}

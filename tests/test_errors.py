@@ -19,7 +19,7 @@ import gan
 @pytest.mark.parametrize("flags", [
     *(f"--dataset {name}" for name in ("mnits", "no/such/path", "empty", "text.zip", "hollow.zip", "cut.zip", "broken")),
     "--img_size 48", "--batch_size 65", "--batch_size 0", "--lr fast", "--epocs 3", "--device gpu", "--device cuda",
-    "--out_dir file.txt", "--out_dir file.txt/run", "--data_dir file.txt", "--resume", "--resume missing.pt",
+    "--out_dir file.txt", "--out_dir file.txt/run", "--out_dir .", "--data_dir file.txt", "--resume", "--resume missing.pt",
     "--sample missing.pt", "--sample empty"])
 def test_mistake(flags, capfd):
     if "cuda" in flags and torch.cuda.is_available():
@@ -34,6 +34,10 @@ def test_mistake(flags, capfd):
     line = error_of(capfd, main, dcgan, *TINY, "--max_steps 1", flags)
     flag, value = words(flags, "runs/dcgan")[:2]
     assert flag in line or value in line or "GPU" in line
+
+def test_too_few_images(capfd):
+    assert "give --batch_size 3 or less" in error_of(capfd, main, dcgan, "--max_images 3 --img_size 16")
+    assert "give more images" in error_of(capfd, main, dcgan, "--max_images 1 --img_size 16")
 
 def test_acgan_needs_classes(folder, capfd):
     assert str(folder / "cat") in error_of(capfd, main, acgan, *TINY, "--dataset", folder / "cat")

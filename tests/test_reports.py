@@ -167,6 +167,9 @@ def test_classes_beside_which_there_is_a_picture(folder, capfd):
     shutil.copytree(folder, "deeper/inner")
     shutil.copy(folder / "preview.jpg", "deeper")
     assert load("deeper", script=acgan, labelled=True)[2] == ["cat", "dog"]
+    capfd.readouterr()
+    load(f"{folder} --max_images 1", script=acgan, labelled=True)
+    assert "no image of cat" in capfd.readouterr().err
     with zipfile.ZipFile("w.zip", "w") as z:
         for file in sorted(folder.glob("*/*.png")):
             z.writestr(f"pets\\{file.parent.name}\\{file.name}", file.read_bytes())
@@ -198,6 +201,14 @@ def test_a_resume_into_another_folder_takes_a_free_one():
     gan.train(gan.get_args(words("--resume run --max_steps 2 --out_dir other")))
     assert (whole("other"), torch.load("other-2/checkpoint.pt", weights_only=True)["step"]) == (3, 2)
 
+def test_a_resume_from_a_numbered_checkpoint_overwrites_nothing():
+    train(gan, "--epochs 2 --keep_every 1")
+    before = {file: file.read_bytes() for file in Path("run").rglob("*.*") if file.is_file()}
+    gan.train(gan.get_args(words("--resume run/checkpoint_epoch_0001.pt --epochs 3 --keep_every 1")))
+    assert sorted(file.name for file in Path("run-2").glob("*.pt")) == ["checkpoint.pt", "checkpoint_epoch_0002.pt",
+                                                                        "checkpoint_epoch_0003.pt"]
+    assert {file: file.read_bytes() for file in before} == before
+
 def test_other_classes_are_refused(folder, capfd):
     train(acgan, "--max_steps 1 --dataset", folder)
     (folder / "cat").rename(folder / "zebra")
@@ -219,6 +230,14 @@ def test_values_are_scaled_by_what_the_data_set_holds(dtype, top, suffix):
     images, *_ = load("deep", "--nc 1")
     np.testing.assert_allclose(images[0, 0, :, 0], np.linspace(0, 255, 16), atol=1)
     np.testing.assert_allclose(images[1, 0, :, 0], np.linspace(0, 64, 16), atol=1)
+
+def test_one_deep_picture_among_many():
+    os.makedirs("deep")
+    for i in range(150):
+        Image.new("L", (16, 16), 200).save(f"deep/{i:03d}.png")
+    Image.fromarray(np.full((16, 16), 4095, np.uint16)).save("deep/001.png")
+    images, *_ = load("deep", "--nc 1")
+    assert (images[0].max(), images[1].min()) == (200, 255)
 
 def test_a_black_data_set_is_warned_of(capfd):
     os.makedirs("masks")
@@ -362,7 +381,8 @@ def test_flags_that_are_for_other_work_are_refused(capfd):
     """Sampling's without --sample, training's with it, a recipe for a run that has one."""
     train(gan, "--max_steps 1")
     for argv, said in (("--n_samples 5", "--n_samples"), ("--sample run --ngf 3", "--ngf"), ("--labels 1", "--labels"),
-                       ("--resume run --recipe paper", "--recipe")):
+                       ("--resume run --recipe paper", "--recipe"), ("--resume --dataset digits", "--resume RUN"),
+                       ("--sample=", "No such file"), ("--resume=", "No such file")):
         assert said in error_of(capfd, main, gan, argv)
 
 def test_labels_with_spaces_and_folders_with_dots(folder):
@@ -401,9 +421,14 @@ def test_many_samples_do_not_fill_memory(monkeypatch):
 
 @pytest.mark.parametrize(("old", "new", "said"), [
     ('self.config = {"nz": nz, "ngf": ngf, "nc": nc, "img_size": img_size, "widest": widest}', "config = {}", "config"),
-    ('"img_size": img_size, "widest"', '"img_size": 2 * img_size, "widest"', "mismatch"),
+    ('"img_size": img_size, "widest"', '"img_size": 2 * img_size, "widest"', "img_size 32, not --img_size"),
+    ('"ngf": ngf, "nc"', '"ngf": 2 * ngf, "nc"', "mismatch"),
     ("netG_ema=netG_ema, ", "", "missing 1 required keyword-only argument: 'netG_ema'"),
     (" --gp r1", "", "--gp has no default: write one into RECIPES"),
+    ("copy.deepcopy(netG).eval().requires_grad_(False)", "netG", "copy.deepcopy(netG).eval()"),
+    ('"img_size": img_size, "widest"', '"widest"', "KeyError: 'img_size'"),
+    ("replay=replay)", "replay=0.5)", "'float' object has no attribute 'state_dict'"),
+    ('choices=("bce", "hinge"), default="bce"', 'type=Path, default="bce"', "PosixPath"),
     ("layers += [nn.ConvTranspose2d(ngf, nc, 4, 2, 1, bias=False)", "layers += [nn.ConvTranspose2d(ngf, nc, 3, 1, 1, bias=False)", "shape"),
     ("def forward(self, z, labels=None)", "def forward(self, z)", "forward")])
 def test_a_mistake_in_an_edit_shows_before_the_first_step(old, new, said):
