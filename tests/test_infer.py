@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 import tracemalloc
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -189,6 +190,14 @@ def test_npz_is_streamed():
     assert got["arr_0"].shape == (12800, 32, 32, 3)
     assert (got["arr_0"][::64, 0, 0, 0] == np.arange(200)).all()
     assert (got["labels"] == np.arange(12800)).all()
+
+def test_threads_of_a_server_share_one_generator():
+    generator = infer_ort.Generator(model_of("dcgan"), provider="cpu", threads=1)
+    z = infer_ort.latents(0, 0, 20, generator.nz)
+    alone = generator(z)
+    with ThreadPoolExecutor(8) as pool:
+        together = list(pool.map(generator, [z] * 200))
+    assert all((images == alone).all() for images in together)
 
 def test_labels(folder):
     assert infer(model_of("acgan"), "--labels 7,3 --n_samples 5")["labels"].tolist() == [7, 3, 7, 3, 7]
