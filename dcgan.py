@@ -846,18 +846,21 @@ def sample(args):
         raise UserError(f"--out {out}: give a .png, an .npz or a folder/")
     if args.walk_dim is not None and args.walk_dim >= nz:
         raise UserError(f"--walk_dim {args.walk_dim}: the coordinates are 0 to {nz - 1}")
+    if suffix != ".npz" and nc > 4:
+        raise UserError(f"--out {out}: pictures of {nc} channels: give an .npz")
     asked = choose_labels(args.labels, classes)
     n = args.n_samples or 10 * len(asked) or 64
+    batch_size = min(args.batch_size, max(n, 64))  # not smaller: see generate
     labels = np.resize(asked or [0], n).astype(np.int64)
 
     def batches():
-        for i in tqdm(range(0, n, args.batch_size), "sampling", unit="batch", delay=2):
-            k = min(args.batch_size, n - i)
+        for i in tqdm(range(0, n, batch_size), "sampling", unit="batch", delay=2):
+            k = min(batch_size, n - i)
             z = latents(args.seed, i, k, nz)
             if args.walk_dim is not None:
                 z[:] = latents(args.seed, 0, 1, nz)
                 z[:, args.walk_dim] += 0.01 * np.arange(i, i + k)
-            yield generate(netG, z, labels[i:i + k], args.batch_size)
+            yield generate(netG, z, labels[i:i + k], batch_size)
 
     if suffix == ".npz":
         save_npz(Path(out), batches(), (n, size, size, nc), labels if classes else None)
@@ -913,20 +916,26 @@ def load_checkpoint(path, methods=(METHOD,)):
 def load_generator(path):
     """(netG in eval mode, names of its classes), of this method's checkpoint or somebody else's."""
     ckpt = load_checkpoint(path, (METHOD, None))
-    if "config" in ckpt and "netG_ema" in ckpt:
-        netG = Generator(**ckpt["config"])
-        load_state(netG, ckpt["netG_ema"], path)
+    if ckpt.get("script"):
+        try:
+            netG = Generator(**ckpt["config"])
+            load_state(netG, ckpt["netG_ema"], path)
+            classes = ckpt["classes"]
+        except (KeyError, TypeError) as e:
+            raise UserError(f"{path}: damaged, or of another {SCRIPT}.py: {e!r}") from e
     else:
         netG = find_generator(ckpt, path)
-    n_classes = netG.config.get("n_classes", 0)
-    classes = ckpt.get("classes") or [str(k) for k in range(n_classes)]
+        classes = [str(k) for k in range(netG.config.get("n_classes", 0))]
+    n_classes = netG.config.get("n_classes", 0)  # without it the data's classes mean nothing
     return netG.eval(), classes[:n_classes]
 
 def find_generator(ckpt, path):
     """The first state dict in somebody's checkpoint that fits Generator, whatever it is called."""
     dicts = [ckpt]
     for state in dicts:
-        dicts += [value for value in state.values() if isinstance(value, dict)]  # the loop gets there
+        for value in state.values():
+            if isinstance(value, dict) and not any(value is other for other in dicts):
+                dicts.append(value)  # the loop gets there
         names = [name for name in state if isinstance(name, str)]
         prefixes = {name.partition("main.0.")[0] for name in names if "main.0." in name}
         for prefix in sorted(prefixes):  # "", "module.", "netG.", ...
@@ -1359,7 +1368,7 @@ class Run:
 def main():
     """One line and exit code 1 for what the user can mend. All else keeps its traceback."""
     memory = MemoryError, torch.OutOfMemoryError
-    for stream in (sys.stdout, sys.stderr):
+    for stream in filter(None, (sys.stdout, sys.stderr)):  # None: closed by who started us
         stream.reconfigure(errors="backslashreplace")  # for names that a terminal cannot show
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # or temporary files would stay
     try:

@@ -22,7 +22,9 @@ import itertools
 import json
 import logging
 import math
+import os
 import shlex
+import signal
 import sys
 import tempfile
 import warnings
@@ -83,7 +85,7 @@ def get_args(argv=None):
     args.checkpoint = dcgan.last_checkpoint(args.checkpoint)
     if args.out is None:
         suffix = "" if args.precision == "fp32" else f"_{args.precision}"
-        args.out = f"{Path(args.checkpoint).with_suffix('')}{suffix}.onnx"
+        args.out = f"{os.path.splitext(args.checkpoint)[0]}{suffix}.onnx"
     if Path(args.out).suffix != ".onnx":  # it could be the checkpoint's own name
         p.error(f"--out {args.out}: give a name that ends in .onnx")
     return args
@@ -93,7 +95,7 @@ def get_args(argv=None):
 def load(path):
     """(script's module, netG in eval mode, names of its classes, what the file says of the run)."""
     ckpt = dcgan.load_checkpoint(path, [*SCRIPTS, None])
-    run = ckpt if "script" in ckpt else {"script": "dcgan"}  # somebody else's
+    run = ckpt if ckpt.get("script") else {"script": "dcgan"}  # somebody else's
     script = SCRIPTS[run["script"]]
     netG, classes = script.load_generator(path)
     return script, netG, classes, run
@@ -381,7 +383,10 @@ def quantize(model, groups, batches):
 
 # --------------------------------------------------------------------------------------------- file
 
-def describe(args, netG, classes, run):
+def sha256_of(path):
+    return hashlib.sha256(Path(path).read_bytes()).hexdigest()
+
+def describe(args, netG, classes, run, sha256):
     """The file's metadata, str -> str: what it takes to use it, and its origin; no local path."""
     config = netG.config
     dataset = str(run.get("args", {}).get("dataset", "unknown"))
@@ -400,7 +405,7 @@ def describe(args, netG, classes, run):
         "dataset": PureWindowsPath(dataset).name,  # slashes of both kinds end a folder
         "steps": run.get("step", "unknown"),
         "weights": "ema" if "netG_ema" in run else "unknown",
-        "checkpoint_sha256": hashlib.sha256(Path(args.checkpoint).read_bytes()).hexdigest(),
+        "checkpoint_sha256": sha256,
         "versions": f"torch {torch.__version__}, onnx {onnx.__version__}",
     }
     # A file's name may hold what is no UTF-8, and a protobuf may not.
@@ -418,8 +423,6 @@ def compare(script, netG, path, args):
         (got,) = session.run(["images"], inputs)
         with torch.no_grad():
             want = netG(*map(torch.from_numpy, inputs.values()))
-        if not want.isfinite().all():
-            raise dcgan.UserError(f"{args.checkpoint}: its pictures are not finite; its training diverged")
         if args.uint8:
             difference = (got.astype(np.float64) - script.to_uint8(want)) / 127.5
         else:
@@ -444,7 +447,17 @@ def compare(script, netG, path, args):
 
 def export(args):
     """The file args.out, or none: what does not give PyTorch's pictures never gets that name."""
+    sha256 = sha256_of(args.checkpoint)
     script, netG, classes, run = load(args.checkpoint)
+    if sha256_of(args.checkpoint) != sha256:
+        raise dcgan.UserError(f"{args.checkpoint}: its run saved it meanwhile; start export.py again")
+    n = args.batch_size or 16
+    inputs = draw(script, netG, args.seed, 0, max(2, n))
+    with torch.no_grad():
+        images = netG(*map(torch.from_numpy, inputs.values()))
+    if not images.isfinite().all():
+        raise dcgan.UserError(f"{args.checkpoint}: its pictures are not finite; its training diverged")
+
     net = fold_batchnorm(copy.deepcopy(netG))
     convolutional = isinstance(net.main[0], nn.ConvTranspose2d)
     if args.phases and not convolutional:
@@ -457,15 +470,14 @@ def export(args):
             layer.inplace = False  # or the graph gets one more Reshape
     net = Exported(net, args.precision == "fp16", args.uint8).eval()
 
-    n = args.batch_size or 16
-    model = to_onnx(net, draw(script, netG, args.seed, 0, max(2, n)), args.batch_size, args.opset)
+    model = to_onnx(net, inputs, args.batch_size, args.opset)
     groups = to_phases(model) if phases else []
     if args.precision == "int8":
         batches = [draw(script, netG, args.seed, 2**40 + i, n) for i in range(0, max(n, 256), n)]
         model = quantize(model, groups, batches)
     strip(model)
     model.ir_version = helper.find_min_ir_version_for(model.opset_import)  # for old runtimes
-    helper.set_model_props(model, describe(args, netG, classes, run))
+    helper.set_model_props(model, describe(args, netG, classes, run, sha256))
     onnx.checker.check_model(model, full_check=True)
     with dcgan.atomic_write(Path(args.out)) as f:
         f.write(model.SerializeToString())
@@ -473,7 +485,8 @@ def export(args):
         result = compare(script, netG, f.name, args) if args.verify else "not compared with PyTorch"
     megabytes = Path(args.out).stat().st_size / 1e6
     print(f"{args.out}: {megabytes:.2f} MB, {args.precision}, opset {args.opset}; {result}")
-    print(f"next: python infer_ort.py {shlex.quote(args.out)}")
+    if netG.config["nc"] in (1, 3):
+        print(f"next: python infer_ort.py {shlex.quote(args.out)}")
 
 def main():
     """One line, exit code 1, for what the user can mend, as in the training scripts."""
@@ -481,6 +494,7 @@ def main():
         if hasattr(stream, "reconfigure"):  # a terminal that cannot show a file's name
             stream.reconfigure(errors="backslashreplace")
     logging.disable(logging.WARNING)  # of torch.onnx and onnxruntime.quantization
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # or temporary files would stay
     try:
         export(get_args())
     except MENDABLE as e:

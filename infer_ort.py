@@ -88,7 +88,7 @@ def get_args(argv=None):
     elif args.walk_dim is not None:
         name = f"walk_{args.walk_dim}.png"
     if not args.out:
-        args.out = f"{Path(args.model).with_suffix('')}_{name}"
+        args.out = f"{os.path.splitext(args.model)[0]}_{name}"
     args.suffix = "" if args.out.endswith(("/", os.sep)) else Path(args.out).suffix
     if args.suffix not in suffixes:
         p.error(f"--out {args.out}: give a .png, an .npz or a folder/; with --interpolate a .gif")
@@ -102,7 +102,7 @@ def process():
         ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID"),  # STEP: only where srun started us
     )
     for names in launchers:
-        if names[0] in os.environ and names[1] in os.environ:
+        if os.environ.get(names[0]) and os.environ.get(names[1]):
             return tuple(int(os.environ.get(name, "0")) for name in names)
     return 0, 1, 0
 
@@ -120,13 +120,13 @@ def latents(seed, start, n, nz):
     of each pair r cos t and r sin t, r = sqrt(-2 ln u1), t = 2 pi u2 (float64).
     """
     blocks = math.ceil(nz / 4)
-    generator = np.random.Philox(key=seed, counter=start * blocks)
-    words = generator.random_raw(4 * blocks * n).reshape(n, -1, 2)
+    generator = np.random.Philox(key=seed, counter=int(start) * blocks)
+    words = generator.random_raw(4 * blocks * n).reshape(n, 2 * blocks, 2)
     u = ((words >> np.uint64(11)) + 0.5) * 2.0**-53
     r = np.sqrt(-2 * np.log(u[..., 0]))
     t = 2 * np.pi * u[..., 1]
     pairs = np.stack((r * np.cos(t), r * np.sin(t)), -1)
-    return pairs.reshape(n, -1)[:, :nz].astype(np.float32)
+    return pairs.reshape(n, 4 * blocks)[:, :nz].astype(np.float32)
 
 def walk(seed, n, nz, frames):
     """Latents (frames, n, nz): a great circle through latents i and n + i, all ~ N(0, 1)."""
@@ -251,10 +251,10 @@ class Generator:
         inputs = self.session.get_inputs()
         inputs.sort(key=lambda v: "int" in v.type)  # z, and perhaps labels
         output = self.session.get_outputs()[0]
-        z_shape, shape = inputs[0].shape, output.shape
+        z_shape, shape = inputs[0].shape if inputs else [], output.shape
         channels = [axis for axis in (1, 3) if len(shape) == 4 and shape[axis] in (1, 3)]
         is_latent = len(z_shape) in (2, 4) and isinstance(z_shape[1], int) and z_shape[2:] in ([], [1, 1])
-        if not channels or not is_latent or len(inputs) > 2:
+        if not channels or not is_latent or 0 in z_shape or len(inputs) > 2:
             values = [f"{v.name} {v.type[7:-1]} {tuple(v.shape)}" for v in (*inputs, output)]
             found = "; ".join(values)
             raise OSError(f"{path}: no generator; it has {found}, and should have z (N, nz) in and "
@@ -266,6 +266,8 @@ class Generator:
         others = {"tensor(float16)": np.float16, "tensor(int32)": np.int32, "tensor(int64)": np.int64}
         self.inputs = [(v.name, others.get(v.type, np.float32)) for v in inputs]
         self.nhwc = self.meta.get("layout", "NHWC" if channels == [3] else "NCHW") == "NHWC"
+        if (3 if self.nhwc else 1) not in channels:
+            raise OSError(f"{path}: damaged: its metadata says layout {self.meta['layout']}, its shape not")
         self.scale, self.shift = 127.5, 128  # pixels of [-1, 1]
         if "value_range" not in self.meta and output.type != "tensor(uint8)":
             self.find_range()
@@ -279,9 +281,9 @@ class Generator:
             self.meta = self.session.get_modelmeta().custom_metadata_map
             self.n_classes = int(self.meta.get("n_classes", 0))  # 0 too where a file does not say
             self.classes = [str(name) for name in json.loads(self.meta.get("classes", "[]"))]
-            if self.meta.get("format_version", "1") != "1" or self.n_classes < 0:
+            if self.meta.get("format_version", "1") != "1" or not 0 <= self.n_classes <= 10**6:
                 raise ValueError("format_version or n_classes")
-        except (TypeError, ValueError) as e:
+        except (TypeError, ValueError, RecursionError) as e:
             raise OSError(f"{self.path}: damaged, or for another infer_ort.py; metadata: {e}") from e
 
     def find_range(self):
@@ -302,15 +304,16 @@ class Generator:
     def labels(self, text=None):
         """int (k): the classes that --labels names, or all; None where the generator takes none."""
         takes_labels = len(self.inputs) == 2
-        if text in (None, "all") and not takes_labels:
+        everything = text is None or (text == "all" and "all" not in self.classes)
+        if everything and not takes_labels:
             return None
-        if text in (None, "all") and self.n_classes:
+        if everything and self.n_classes:
             return np.arange(self.n_classes)
         asked = [name.strip() for name in (text or "").split(",")]
         numbers = {str(k): k for k in range(self.n_classes)}
         numbers |= {name: k for k, name in enumerate(self.classes)}
         if takes_labels and self.n_classes == 0:  # somebody's file, which does not say
-            numbers = {name: int(name) for name in asked if name.isdecimal()}
+            numbers = {name: int(name) for name in asked if name.isdecimal() and len(name) < 10}
         if not set(asked) <= set(numbers):
             known = ", ".join(numbers)
             if not known:
@@ -338,7 +341,7 @@ class Generator:
     def run(self, z, labels):
         """One batch, as the file makes it. Where a GPU fails: OSError; with auto the CPU instead."""
         feed = {}
-        for x, (name, dtype) in zip((z.reshape(-1, *self.z_shape), labels), self.inputs):
+        for x, (name, dtype) in zip((z.reshape(len(z), *self.z_shape), labels), self.inputs):
             feed[name] = np.ascontiguousarray(x, dtype)
         try:
             x = self.session.run(None, feed)[0]
@@ -354,6 +357,8 @@ class Generator:
             warn(f"{self.path}: the GPU failed, the CPU goes on: {reason(e)}")
             self.use(new_session(self.path, "cpu", threads=self.threads))
             return self.run(z, labels)
+        if len(x) != len(z):
+            raise OSError(f"{self.path}: no generator: it makes {len(x)} pictures of {len(z)} latents")
         if x.dtype != np.uint8 and not np.isfinite(x).all():
             raise OSError(f"{self.path}: its pictures are not finite; damaged, or its training diverged")
         return x

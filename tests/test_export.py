@@ -7,6 +7,7 @@ import importlib
 import json
 import os
 import pickle
+import shutil
 import sys
 import tempfile
 from pathlib import Path
@@ -111,10 +112,9 @@ def test_metadata_explains_the_file(script):
 
 @pytest.mark.parametrize(("dataset", "name"), [("C:\\Users\\bob\\faces", "faces"), ("/home/bob/faces", "faces")])
 def test_a_data_set_is_named_without_its_folder(dataset, name):
-    Path("x.pt").touch()
-    args = argparse.Namespace(uint8=False, precision="fp32", checkpoint="x.pt")
+    args = argparse.Namespace(uint8=False, precision="fp32")
     run = {"script": "dcgan", "args": {"dataset": dataset}}
-    assert export.describe(args, dcgan.Generator(), [], run)["dataset"] == name
+    assert export.describe(args, dcgan.Generator(), [], run, "0" * 64)["dataset"] == name
 
 @pytest.mark.parametrize("flags", LEAST_PSNR)
 def test_no_local_path(flags):
@@ -196,8 +196,25 @@ def test_a_diverged_net_is_not_written(capfd):
     netG = dcgan.Generator(nz=8, ngf=4, nc=1, img_size=16)
     netG.main[0].weight.data[0, 0] = float("nan")
     torch.save(netG.state_dict(), "nan.pth")
-    assert "nan.pth: " in error_of(capfd, exported, "nan.pth", "--uint8")
+    for flags in ("--uint8", "--precision int8"):
+        assert "nan.pth: " in error_of(capfd, exported, "nan.pth", flags)
     assert os.listdir(".") == ["nan.pth"]
+
+def test_a_checkpoint_that_its_run_saves_meanwhile(capfd, monkeypatch):
+    shutil.copytree(run_of("dcgan"), "run")
+    def load(path, load=export.load):
+        with open(path, "ab") as f:
+            f.write(b"more")
+        return load(f"{run_of('dcgan')}/checkpoint.pt")
+    monkeypatch.setattr(export, "load", load)
+    assert "run/checkpoint.pt: " in error_of(capfd, exported, "run")
+    assert not os.path.exists("model.onnx")
+
+def test_pictures_of_five_channels(capfd):
+    """For other programs than ours: infer_ort.py is not named."""
+    torch.save(dcgan.Generator(nz=8, ngf=4, nc=5, img_size=16).state_dict(), "five.pth")
+    exported("five.pth")
+    assert "infer_ort.py" not in capfd.readouterr().out
 
 class Payload:
     def __reduce__(self):
@@ -211,7 +228,7 @@ def test_errors(capfd):
     torch.save({"script": "wgan", "netG": {}}, "wgan.pt")
     Path("file").touch()
     before = sorted(os.listdir("."))
-    for name in ("nope.pt", "evil.pt", "cut.pt", "module.pt", "other.pt", "wgan.pt"):
+    for name in ("", "nope.pt", "evil.pt", "cut.pt", "module.pt", "other.pt", "wgan.pt"):
         assert name in error_of(capfd, exported, name)
     torch.save({"script": "dcgan", "netG": {}, "config": {"ngf": 4}}, "empty.pt")
     assert "empty.pt" in error_of(capfd, typed, export, "empty.pt")

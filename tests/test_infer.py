@@ -149,8 +149,10 @@ def test_launchers(capfd, monkeypatch):
     monkeypatch.setenv("SLURM_PROCID", "0")  # sbatch: once, with the number of tasks that srun would start
     monkeypatch.setenv("SLURM_NTASKS", "4")
     assert infer_ort.process() == (0, 1, 0)
-    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("RANK", "")
     monkeypatch.setenv("WORLD_SIZE", "4")
+    assert infer_ort.process() == (0, 1, 0)
+    monkeypatch.setenv("RANK", "1")
     assert "--n_samples" in error_of(capfd, infer, model, "--n_samples 2")
 
 def test_a_folder_is_what_fid_tools_read():
@@ -198,6 +200,18 @@ def test_threads_of_a_server_share_one_generator():
     with ThreadPoolExecutor(8) as pool:
         together = list(pool.map(generator, [z] * 200))
     assert all((images == alone).all() for images in together)
+
+def test_latents_of_another_width():
+    """(20, 2 * nz) is not 40 latents of nz."""
+    generator = infer_ort.Generator(model_of("dcgan"), provider="cpu")
+    with pytest.raises(ValueError):
+        generator(infer_ort.latents(0, 0, 20, 2 * generator.nz))
+
+def test_a_class_that_is_called_all(folder):
+    (folder / "cat").rename(folder / "all")
+    train(acgan, "--max_steps 1 --dataset", folder)
+    exported("run")
+    assert infer("model.onnx", "--labels all --n_samples 3")["labels"].tolist() == [0, 0, 0]
 
 def test_labels(folder):
     assert infer(model_of("acgan"), "--labels 7,3 --n_samples 5")["labels"].tolist() == [7, 3, 7, 3, 7]
@@ -344,6 +358,7 @@ def test_foreign_conditional_generator(capfd, cpp):
     got = infer("foreign.onnx", "--labels 0,5 --n_samples 4")
     assert got["arr_0"][:, 0, 0, 0].tolist() == [64, 128, 64, 128]
     assert "--labels" in error_of(capfd, infer, "foreign.onnx")
+    assert "--labels" in error_of(capfd, infer, "foreign.onnx", "--labels", 2**64)
     if cpp:
         run_cpp(cpp, "foreign.onnx --labels 0,5 --n_samples 4 --out cpp.npy")
         np.testing.assert_array_equal(np.load("cpp.npy"), got["arr_0"])
@@ -396,9 +411,19 @@ def test_files_that_are_no_generators(capfd, cpp):
     os.mkdir("directory.onnx")
     shapes = [helper.make_tensor_value_info(name, TensorProto.FLOAT, ["n", 7]) for name in "xy"]
     save_graph("identity.onnx", [helper.make_node("Identity", ["x"], ["y"])], shapes[:1], shapes[1:])
-    for name in ("nope", "directory", "cut", "text", "empty", "identity"):
+    picture = helper.make_tensor("x", TensorProto.FLOAT, [1, 1, 2, 2], [0.0] * 4)
+    image = helper.make_tensor_value_info("y", TensorProto.FLOAT, [1, 1, 2, 2])
+    constant = helper.make_node("Constant", [], ["y"], value=picture)
+    save_graph("no_inputs.onnx", [constant], [], [image])
+    foreign(["n", 12], ["n", 3, 8, 8])
+    file = onnx.load("foreign.onnx")
+    file.graph.input[0].type.tensor_type.shape.dim[1].dim_value = 0
+    onnx.save(file, "no_width.onnx")
+    foreign([0, 12], [0, 3, 8, 8])
+    for name in ("nope", "directory", "cut", "text", "empty", "identity", "no_inputs", "no_width", "foreign"):
         refused(capfd, cpp, f"{name}.onnx: ", f"{name}.onnx")
     refused(capfd, cpp, "checkpoint.pt: ", f"{run_of('dcgan')}/checkpoint.pt")
+    refused(capfd, None, ".: ", ".")
 
 def test_flags_that_do_not_fit(capfd, cpp):
     Path("file").touch()
@@ -421,11 +446,22 @@ def tampered(name, **metadata):
     onnx.save(file, "tampered.onnx")
     return file
 
+def test_a_file_that_makes_another_number_of_pictures(capfd):
+    value = helper.make_node("Constant", [], ["y"], value=helper.make_tensor("x", TensorProto.FLOAT, [1, 1, 2, 2], [0.0] * 4))
+    shapes = [helper.make_tensor_value_info(*v) for v in (("z", TensorProto.FLOAT, ["n", 7]), ("y", TensorProto.FLOAT, [1, 1, 2, 2]))]
+    save_graph("one.onnx", [value], shapes[:1], shapes[1:])
+    refused(capfd, None, "one.onnx: ", "one.onnx")
+
 @pytest.mark.parametrize("text", ["n_classes -3", "n_classes ten", "format_version 99"])
 def test_tampered_metadata(capfd, cpp, text):
     key, value = text.split()
     tampered("acgan", **{key: value})
     refused(capfd, cpp, "tampered.onnx: ", "tampered.onnx")
+
+@pytest.mark.parametrize("metadata", [{"n_classes": "9" * 20}, {"layout": "NHWC"}, {"classes": "[" * 100_000}])
+def test_tampered_metadata_in_python(capfd, metadata):
+    tampered("acgan", **metadata)
+    refused(capfd, None, "tampered.onnx: ", "tampered.onnx")
 
 def test_more_classes_stated_than_there_are(capfd, cpp):
     tampered("acgan", n_classes="100", classes="[]")

@@ -8,7 +8,7 @@ from unittest import mock
 import numpy as np
 import pytest
 import torch
-from conftest import TINY, command, main, train
+from conftest import TINY, command, error_of, main, train
 from PIL import Image
 from torch import nn
 
@@ -149,6 +149,30 @@ def test_foreign_gan_and_acgan_state_dicts():
         assert not loaded.training
         assert classes == (["0", "1", "2"] if module is acgan else [])
         assert all(torch.equal(a, b) for a, b in zip(loaded.state_dict().values(), net.state_dict().values()))
+
+def test_what_surrounds_somebodys_state_dict(capfd):
+    """Other things under our names do not matter; dicts in a circle end."""
+    state = dcgan.Generator(nz=8, ngf=4, nc=1, img_size=16).state_dict()
+    torch.save(state, "plain.pth")
+    main(dcgan, "--sample plain.pth --out plain.png")
+    for others in ({"classes": 10}, {"config": {"lr": 1}}, {"script": None}):
+        torch.save({"netG_ema": state} | others, "other.pth")
+        main(dcgan, "--sample other.pth --out other.png --batch_size 1000000000")
+        np.testing.assert_array_equal(pixels("other.png"), pixels("plain.png"))
+    circle = {"a": {}}
+    circle["a"]["b"] = circle
+    tree = {}
+    for _ in range(60):
+        tree = {"a": tree, "b": tree}
+    for dicts in (circle, tree, {"script": "dcgan", "config": None}):
+        torch.save(dicts, "none.pth")
+        assert "none.pth: " in error_of(capfd, main, dcgan, "--sample none.pth")
+
+def test_pictures_of_five_channels(capfd):
+    torch.save(dcgan.Generator(nz=8, ngf=4, nc=5, img_size=16).state_dict(), "five.pth")
+    assert "--out five" in error_of(capfd, main, dcgan, "--sample five.pth")
+    main(dcgan, "--sample five.pth --n_samples 3 --out five.npz")
+    assert np.load("five.npz")["arr_0"].shape == (3, 16, 16, 5)
 
 def test_command_lines_of_a_stranger(capfd):
     """Train, sample, without a flag more than needed."""
