@@ -12,7 +12,7 @@ game: netD learns to tell real pictures from netG's, netG to make those that net
 
 The default is not the paper's: it has a gradient penalty (R1), an average of netG's weights,
 smaller nets and batches, and learning rates 10 (netG) and 5 (netD) times the paper's, which fall to
-0. 64x64 faces (UTKFace) take 122 minutes on one core of an AMD EPYC, MNIST takes 6
+0. 64x64 faces (UTKFace) take 122 minutes on one core of an AMD EPYC, MNIST takes 7
 (benchmarks/RESULTS.md).
 """
 

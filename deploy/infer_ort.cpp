@@ -170,12 +170,11 @@ class Generator {
       const auto [type, shape] = tensor_of(session_.GetInputTypeInfo(i));
       if (type == ONNX_TENSOR_ELEMENT_DATA_TYPE_INT64 && shape.size() == 1) {
         labels_input_ = (int)i;
-        n_classes = std::atoll(metadata("n_classes", std::to_string(any_class)).c_str());
-        demand(n_classes > 0);
+        n_classes = stated_classes();
       } else {
         demand(type == ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT);
         demand(shape.size() == 2 || (shape.size() == 4 && shape[2] == 1 && shape[3] == 1));
-        demand(shape[1] > 0);
+        demand(shape[1] > 0 && shape[1] <= 8192 && shape[0] <= 1 << 20);  // no product overflows
         nz = shape[1];
         fixed_batch = std::max<int64_t>(shape[0], 0);
         z_shape_ = shape;
@@ -185,6 +184,16 @@ class Generator {
     demand(nz && inputs_.size() == wanted);
   }
 
+  int64_t stated_classes() const {
+    const std::string text = metadata("n_classes", "");
+    if (text.empty()) return any_class;
+    int64_t n = 0;
+    const char* end = text.data() + text.size();
+    const auto [stop, error] = std::from_chars(text.data(), end, n);
+    demand(error == std::errc() && stop == end && 0 < n && n <= 1000000);
+    return n;
+  }
+
   void read_output() {
     Ort::AllocatorWithDefaultOptions allocator;
     output_ = session_.GetOutputNameAllocated(0, allocator).get();
@@ -192,7 +201,8 @@ class Generator {
     uint8_ = type == ONNX_TENSOR_ELEMENT_DATA_TYPE_UINT8;
     demand(uint8_ || type == ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT);
     demand(shape.size() == 4);
-    nhwc_ = shape[1] != 1 && shape[1] != 3;  // the axis of 1 or 3 channels tells NCHW from NHWC
+    const bool channels_first = shape[1] == 1 || shape[1] == 3;
+    nhwc_ = metadata("layout", channels_first ? "NCHW" : "NHWC") == "NHWC";
     channels = shape[nhwc_ ? 3 : 1];
     height = shape[nhwc_ ? 1 : 2];
     width = shape[nhwc_ ? 2 : 3];
@@ -245,8 +255,9 @@ class Generator {
     const char* output = output_.c_str();
     const Ort::RunOptions plain{nullptr};
     auto results = session_.Run(plain, names.data(), values.data(), values.size(), &output, 1);
-    const auto count = (int64_t)results[0].GetTensorTypeAndShapeInfo().GetElementCount();
-    if (count != n * height * width * channels)
+    const std::vector<int64_t> nchw = {n, channels, height, width};
+    const std::vector<int64_t> nhwc = {n, height, width, channels};
+    if (results[0].GetTensorTypeAndShapeInfo().GetShape() != (nhwc_ ? nhwc : nchw))
       throw Error(path_ + ": its output has another shape than it states");
     return std::move(results[0]);
   }
@@ -335,7 +346,7 @@ static Options parse(int argc, char** argv) {
   for (int i = 1; i < argc; ++i) {
     const std::string flag = argv[i];
     auto text = [&]() -> std::string {
-      if (++i < argc) return argv[i];
+      if (++i < argc && std::string(argv[i]).rfind("--", 0) != 0) return argv[i];
       throw Error(flag + ": needs a value");
     };
     auto value = [&](int64_t low, int64_t high) { return number(flag, text(), low, high); };

@@ -16,9 +16,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 from conftest import ROOT, SCRIPTS
+from onnx import TensorProto, helper
 from PIL import Image
 from test_export import KEPT, model_of
-from test_infer import far, foreign, infer, pixels_of, run_cpp, sampled, sigmoid
+from test_infer import far, foreign, infer, pixels_of, run_cpp, sampled, save_graph, sigmoid, tampered
 
 ORT = Path(os.environ.get("GAN_ORT_WEB", "nowhere"), "node_modules/onnxruntime-web/dist").resolve()
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
@@ -118,9 +119,23 @@ def test_the_range_of_foreign_pictures_is_recognised(page):
 
 def test_what_is_wrong_becomes_a_line(page):
     Path("text.onnx").write_text("I am no model")
-    for name in ("nowhere", "text"):
+    Path("cut.onnx").write_bytes(b"\x72\xff")
+    shapes = [helper.make_tensor_value_info(name, TensorProto.FLOAT, ["n", 7]) for name in "xy"]
+    save_graph("identity.onnx", [helper.make_node("Identity", ["x"], ["y"])], shapes[:1], shapes[1:])
+    tampered("acgan", n_classes="1000000000")
+    for name in ("nowhere", "text", "cut", "identity", "tampered"):
         page.open(f"{name}.onnx")
         page.wait(f"document.querySelector('.error')?.innerText.startsWith('{name}.onnx: ')")
+
+def test_a_coordinate_that_the_next_model_lacks(page):
+    """It would leave the pictures of the model before it under the new one's name."""
+    model = f"kept/{Path(model_of('dcgan')).name}"
+    page.open(model)
+    page.wait("document.querySelector('canvas')?.ariaLabel")
+    page.wait("dim.max = 99; dim.value = 90")
+    page.wait(f"fetch('{model}').then((r) => r.blob()).then((blob) => {{ const dropped = new DataTransfer();"
+              "dropped.items.add(new File([blob], 'x.onnx')); file.files = dropped.files; file.onchange(); }); true")
+    page.wait("dim.value === '0'")
 
 def test_one_seed_one_picture(page, script, cpp):
     """In PyTorch, Python, C++ and the browser."""
