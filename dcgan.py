@@ -359,7 +359,9 @@ DATASETS = {  # what changes the defaults for a data set
     "celeba": "--hflip",
 }
 
-MAX_EPOCHS = 250  # of few images, which are known by heart then: pictures get worse again
+# Of n images a default run takes at most 250 passes and 250 * sqrt(n) steps: few images are known by
+# heart then, and pictures get worse again.
+MAX_EPOCHS = 250
 
 class UserError(Exception):
     """An error that the user can mend: main() makes one line of it, without a traceback."""
@@ -1151,6 +1153,8 @@ class Run:
         if args.epochs:
             left = (args.epochs * self.epoch_size - self.seen) // self.batch
             self.total = min(self.total, self.step + left)
+        if args.epochs and args.max_steps:  # no length was given
+            self.total = min(self.total, int(args.epochs * math.sqrt(self.epoch_size)))
         if self.step >= self.total:
             done = f"{args.resume} has done its {self.step} steps"
             raise UserError(f"--resume: {done}; give more --max_steps or --epochs")

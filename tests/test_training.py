@@ -88,6 +88,7 @@ def test_few_images_end_a_run_early(script, monkeypatch):
     assert ckpt["step"] == 4
     assert ckpt["optG"]["param_groups"][0]["lr"] == ckpt["args"]["lr_g"]
     assert resume(script, "--max_steps 5")["step"] == 5
+    assert train(script, "--max_images 400", out="more")["step"] == 40  # 2 * sqrt(400)
 
 def test_runs_never_overwrite_each_other_and_the_newest_goes_on(capfd):
     """--resume alone takes the run that was written last, of those with steps left; times of files do not count."""
