@@ -1153,7 +1153,7 @@ class Run:
         if args.epochs:
             left = (args.epochs * self.epoch_size - self.seen) // self.batch
             self.total = min(self.total, self.step + left)
-        if args.epochs and args.max_steps:  # no length was given
+        if args.epochs and args.max_steps:  # the default; a length that is given unsets the other
             self.total = min(self.total, int(args.epochs * math.sqrt(self.epoch_size)))
         if self.step >= self.total:
             done = f"{args.resume} has done its {self.step} steps"
