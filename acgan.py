@@ -4,9 +4,9 @@ A generator (netG) makes pictures of a given class. A discriminator (netD) tells
 with a second head, names the class. The nets are those of dcgan.py.
 
     python acgan.py                                            # embedded digits, no download
-    python acgan.py --dataset cifar10                          # or class folders, or a .zip of them
-    python acgan.py --recipe paper                             # nearly the paper's (see RECIPES)
-    python acgan.py --resume                                   # go on with the last stopped run
+    python acgan.py --dataset cifar10                          # or a folder with a folder for each class
+    python acgan.py --recipe paper                             # nearly the paper's
+    python acgan.py --resume runs/acgan-digits                 # go on with a run that was stopped
     python acgan.py --sample runs/acgan-digits --labels 3,7    # a column for each class
     torchrun --nproc_per_node 2 acgan.py                       # one process for each GPU
 
@@ -21,97 +21,78 @@ dcgan.py. MNIST takes 6 minutes on one core of an AMD EPYC (benchmarks/RESULTS.m
 Left out: dcgan.py's --init, --sn, --loss, --gp, --replay, --optim_g, --optim_d, --lr_step.
 """
 
-# The method needs copy, math, torch, F and nn. The rest is for the lower part of the file.
-import argparse
-import contextlib
 import copy
-import datetime
-import functools
-import gc
-import glob
-import hashlib
-import io
-import itertools
-import json
 import math
-import os
-import re
-import shlex
-import signal
-import sys
-import tempfile
-import threading
-import time
-import zipfile
-from collections import Counter
-from multiprocessing.pool import ThreadPool
-from pathlib import Path, PurePosixPath
 
-import numpy as np
-import PIL
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
-from filelock import FileLock, Timeout
-from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torch import nn
-from torch.nn.parallel import DistributedDataParallel
-from tqdm import tqdm
 
 METHOD = "acgan"  # kept in checkpoints; a copy of this file for another method needs its own
 
 # ------------------------------------------------------------------------------------------- flags
 
-# Default values, written as flags. "paper" overrides "default" in the flags that it lists, and only
-# there. --batch_size (for each process), --lr_g, --lr_d and more flags that all scripts have are
-# defined in the lower part of the file, in make_parser, all others just below.
-RECIPES = {
-    "default": "--ngf 64 --ndf 32 --batch_size 32 --lr_g 2e-3 --lr_d 1e-3 --lr_decay linear"
-               " --gp_weight 0.9 --ema 0.999 --aux adc",
-    # Appendix A, CIFAR-10: batch, dropout, one of its rates. With --img_size 32 netG has its widths,
-    # 384, 192, 96; netD has 3 hidden layers, 64, 128, 256, where the paper has 6, from 16 to 512.
-    "paper": "--ngf 96 --ndf 64 --batch_size 100 --lr_g 2e-4 --lr_d 2e-4 --lr_decay none"
-             " --gp_weight 0 --ema 0 --aux acgan --dropout 0.5",
+DATASETS = {  # defaults that --dataset changes
+    "digits": {"img_size": 32, "nc": 1, "max_steps": 4600},
+    "mnist": {"img_size": 32, "nc": 1, "max_steps": 6000},
+    "fashion_mnist": {"img_size": 32, "nc": 1, "max_steps": 6000},
+    "cifar10": {"img_size": 32, "hflip": True},
+    "celeba": {"hflip": True},
+}
+# Defaults that --recipe paper changes: appendix A, CIFAR-10. At --img_size 32 netG has its widths; netD
+# has 3 hidden layers, where the paper has 6.
+PAPER = {
+    "ngf": 96, "ndf": 64, "batch_size": 100, "lr_g": 2e-4, "lr_d": 2e-4, "lr_decay": "none",
+    "gp_weight": 0.0, "ema": 0.0, "aux": "acgan", "dropout": 0.5,
 }
 
 def add_method_flags(group):
-    # Where there is no default=, it is in RECIPES. The types, made in the lower part: positive is
-    # an int >= 1, count an int >= 0, not_negative a float >= 0, fraction a float with 0 <= x <= 1,
-    # below_1 a float with 0 <= x < 1.
+    # number(int, 1) takes an int from 1 on, number(float, 0, 1) a float from 0 to 1.
     flag = group.add_argument
     flag("--img_size", type=int, choices=(16, 32, 64, 128, 256), default=64, help="height and width")
-    flag("--nz", type=positive, default=100, help="size of the latent vector")
-    flag("--ngf", type=positive, help="channels of netG's last hidden layer")
-    flag("--ndf", type=positive, help="channels of netD's first layer")
-    flag("--dropout", type=below_1, default=0.0, help="dropout probability in netD")
-    flag("--aux", choices=("adc", "acgan"), help="class head: adc (ADC-GAN) 2n outputs, acgan n")
-    flag("--aux_g", type=not_negative, default=1.0, help="weight of netG's class loss; netD's: 1")
-    flag("--real_label", type=fraction, default=1.0, help="target for real (0.9: smoothed)")
-    flag("--fake_label", type=fraction, default=0.0, help="target for fake (0.1: smoothed)")
-    flag("--gp_weight", type=not_negative, help="weight of the gradient penalty; 0: none")
-    flag("--gp_every", type=positive, default=4, help="penalty every N-th step, multiplied by N")
-    flag("--ema", type=below_1, help="decay of netG's average, which draws the samples; 0: none")
-    flag("--d_steps", type=positive, default=1, help="netD steps, on new images, for one of netG")
-    flag("--pretrain_d", type=count, default=0,
-         metavar="STEPS", help="train netD first, on pictures of the untrained netG")
-    flag("--lr_decay", choices=("none", "linear"), help="linear: to 0 in the run's second half")
+    flag("--nz", type=number(int, 1), default=100, help="size of the latent vector")
+    flag("--ngf", type=number(int, 1), default=64, help="channels of netG's last hidden layer")
+    flag("--ndf", type=number(int, 1), default=32, help="channels of netD's first layer")
+    flag("--batch_size", type=number(int, 2), default=32, help="images per process and step")
+    flag("--max_steps", type=number(int, 1), default=24000,
+         help="length of a run in netD's steps; few images end it before (Run.plan)")
+    flag("--lr_g", type=number(float, 0), default=2e-3, help="learning rate of netG")
+    flag("--lr_d", type=number(float, 0), default=1e-3, help="learning rate of netD")
+    flag("--lr_decay", choices=("none", "linear"), default="linear",
+         help="of both rates; linear: to 0 in the second half of --max_steps")
+    flag("--beta1", type=number(float, 0, 0.999999), default=0.5, help="Adam's, of the mean")
+    flag("--beta2", type=number(float, 0, 0.999999), default=0.999, help="Adam's, of the square")
+    flag("--aux", choices=("adc", "acgan"), default="adc", help="class head: 2n outputs, or the paper's n")
+    flag("--aux_g", type=number(float, 0), default=1.0, help="weight of netG's class loss; netD's: 1")
+    flag("--gp_weight", type=number(float, 0), default=0.9, help="weight of the penalty; 0: none")
+    flag("--gp_every", type=number(int, 1), default=4, metavar="N",
+         help="penalty in every N-th step, N times as heavy")
+    flag("--ema", type=number(float, 0, 0.999999), default=0.999,
+         help="decay of netG's average, which draws the samples; 0: no average")
+
+    # Tricks that articles teach: none is on by default, and none needed to read on.
+    flag("--real_label", type=number(float, 0, 1), default=1.0, help="target for real; 0.9: smoothed")
+    flag("--fake_label", type=number(float, 0, 1), default=0.0, help="target for fake")
+    flag("--dropout", type=number(float, 0, 0.999999), default=0.0, help="probability in netD")
+    flag("--d_steps", type=number(int, 1), default=1, help="netD steps, on new images, for one of netG")
+    flag("--pretrain_d", type=number(int, 0), default=0, metavar="STEPS",
+         help="train netD alone first, on pictures of the untrained netG")
 
 # -------------------------------------------------------------------------------------------- nets
 
 class Generator(nn.Module):
     """(N, nz) latents ~ N(0, 1), (N) labels -> (N, nc, img_size, img_size) images in [-1, 1]."""
 
-    def __init__(self, nz=100, ngf=64, nc=3, img_size=64, n_classes=10, widest=8):
+    def __init__(self, nz, ngf, nc, img_size, n_classes):
         super().__init__()
-        self.config = {"nz": nz, "ngf": ngf, "nc": nc, "img_size": img_size, "n_classes": n_classes,
-                       "widest": widest}
+        self.config = {"nz": nz, "ngf": ngf, "nc": nc, "img_size": img_size, "n_classes": n_classes}
         self.label_emb = nn.Embedding(n_classes, nz)
         stages = int(math.log2(img_size)) - 3  # each doubles height and width; 3 at img_size 64
-        channels = ngf * min(2**stages, widest)  # widest is 8 except in files read by config_of
+        channels = ngf * min(2**stages, 8)
         layers = [nn.ConvTranspose2d(nz, channels, 4, 1, 0, bias=False)]  # (ngf*8) x 4 x 4
         layers += [nn.BatchNorm2d(channels), nn.ReLU(inplace=True)]
         for k in reversed(range(stages)):  # (ngf*4) x 8 x 8, (ngf*2) x 16 x 16, ngf x 32 x 32
-            out = ngf * min(2**k, widest)
+            out = ngf * min(2**k, 8)
             layers += [nn.ConvTranspose2d(channels, out, 4, 2, 1, bias=False)]
             layers += [nn.BatchNorm2d(out), nn.ReLU(inplace=True)]
             channels = out
@@ -119,18 +100,15 @@ class Generator(nn.Module):
         self.main = nn.Sequential(*layers)
 
     def forward(self, z, labels):
-        z = z.flatten(1)
         z = z * self.label_emb(labels)  # the class sets the spread of each component of z
-        if z.is_cuda:  # the same, strided as channels_last: else --compile fails (pytorch#171622)
-            return self.main(z[:, None, None].permute(0, 3, 1, 2))
-        return self.main(z[:, :, None, None])
+        z = z.view(-1, 1, 1, z.shape[1]).permute(0, 3, 1, 2)  # (N, nz, 1, 1), channels_last
+        return self.main(z)
 
 class Discriminator(nn.Module):
     """(N, nc, img_size, img_size) images in [-1, 1] -> (N) logits: real if positive; (N, n_aux)
-    class logits: n_aux is n for n classes, 2n with --aux adc.
-    """
+    class logits: n_aux is n for n classes, 2n with --aux adc."""
 
-    def __init__(self, nc=3, ndf=64, img_size=64, n_aux=10, dropout=0.0):
+    def __init__(self, nc, ndf, img_size, n_aux, dropout=0.0):
         super().__init__()
         stages = int(math.log2(img_size)) - 2  # each halves height and width; 4 at img_size 64
         layers = []
@@ -151,34 +129,16 @@ class Discriminator(nn.Module):
         return self.adv(x).flatten(), self.aux(x).flatten(1)
 
 def weights_init(net):
-    """N(0, 0.02), section 4 of DCGAN's paper; BatchNorm scales N(1, 0.02), their code.
-
-    label_emb keeps PyTorch's N(0, 1).
-    """
+    """N(0, 0.02), section 4 of DCGAN's paper; BatchNorm scales N(1, 0.02), their code. label_emb keeps
+    PyTorch's N(0, 1)."""
     for m in net.modules():
         if isinstance(m, nn.BatchNorm2d):
             nn.init.normal_(m.weight, 1.0, 0.02)
         if not isinstance(m, (nn.Conv2d, nn.ConvTranspose2d)):
             continue
-        for w in m.parameters():
-            if w.ndim == 1:  # a bias
-                nn.init.zeros_(w)
-            else:
-                nn.init.normal_(w, 0.0, 0.02)
-
-def config_of(state):
-    """Generator's arguments, read off its weights: for --sample on a file with weights alone.
-
-    Change it when you change Generator's layers.
-    """
-    convs = [w for name, w in state.items() if name.startswith("main.") and w.ndim == 4]
-    nz = convs[0].shape[0]  # a ConvTranspose2d's weight is (in, out, 4, 4)
-    ngf, nc = convs[-1].shape[:2]
-    widest = convs[0].shape[1] // ngf
-    img_size = 2 ** (len(convs) + 1)  # 5 layers at 64
-    n_classes = len(state["label_emb.weight"])
-    return {"nz": nz, "ngf": ngf, "nc": nc, "img_size": img_size, "n_classes": n_classes,
-            "widest": widest}
+        nn.init.normal_(m.weight, 0.0, 0.02)
+        if m.bias is not None:
+            nn.init.zeros_(m.bias)
 
 # ------------------------------------------------------------------------------------------ losses
 
@@ -210,15 +170,14 @@ def accuracy(class_logits, labels, n):
     return (class_logits.argmax(1) % n) == labels
 
 def gradient_penalty(netD, real, labels, fake_offset):
-    """R1, Mescheder et al. 2018, eq. 9: half the squared gradient of netD's score at real images.
+    """R1, how steep netD's score is at real images: |grad|^2 / 2 (Mescheder et al. 2018, eq. 9),
+    here also divided by nc, so that one --gp_weight suits grey and RGB.
 
     The score is the logit. With adc, for an image of class k with class logits c, it is
-    logit + c[k] - c[n + k], that is logit + log P(k) - log P(n + k). Also divided by nc:
-    Mescheder's gamma is --gp_weight / nc. With BatchNorm in netD an image's gradient also goes
-    through the others of its batch.
+    logit + c[k] - c[n + k], that is logit + log P(k) - log P(n + k).
     """
     x = real.detach().requires_grad_()
-    score, class_logits = netD.forward(x)  # .forward skips --compile, which has no second derivative
+    score, class_logits = netD.forward(x)  # .forward: never compiled, for it needs second derivatives
     if fake_offset > 0:  # adc
         rows = torch.arange(len(x), device=x.device)
         real_k = class_logits[rows, labels]
@@ -232,12 +191,14 @@ def gradient_penalty(netD, real, labels, fake_offset):
 # ---------------------------------------------------------------------------------------- training
 
 def train(args):
-    # Run, further down, is the plumbing: devices, data, log, checkpoints. Used here:
-    #   run.done          the share of --max_steps that is done
-    #   run.autocast()    bfloat16 where it is fast; bfloat16 needs no GradScaler
-    #   run.log({...})    a line of the log has the mean of all values since the line before
+    # Run is the plumbing, below: devices, data, log, pictures, checkpoints. Used here:
+    #   run.classes         names of the classes
+    #   run.done            the share of --max_steps that is done
+    #   run.autocast()      bfloat16 where it is fast, else float32
+    #   run.log({...})      tensors, whose means go to the next row of the log
+    #   run.parallel(net)   net; or, under torchrun, net that averages gradients (DDP)
     run = Run(args, labelled=True)  # only images that have a class
-    n = len(run.classes)  # run.classes: names of the classes
+    n = len(run.classes)
     fake_offset = n if args.aux == "adc" else 0  # netD's target for fake k: k + fake_offset
     netG = Generator(args.nz, args.ngf, args.nc, args.img_size, n)
     n_aux = n + fake_offset  # 2n with adc, n with acgan
@@ -246,42 +207,35 @@ def train(args):
         weights_init(net)
         net.to(run.device, memory_format=run.memory_format)
 
-    # Samples come from this moving average of netG's weights, updated after each G step. Statistics
-    # of BatchNorm are not averaged: before each save the plumbing measures them, on all classes.
-    netG_ema = copy.deepcopy(netG).eval().requires_grad_(False)
+    netG_ema = copy.deepcopy(netG).eval().requires_grad_(False)  # draws the samples
     betas = (args.beta1, args.beta2)  # by default (0.5, 0.999), as in DCGAN
     optG = torch.optim.Adam(netG.parameters(), args.lr_g, betas, fused=True)
     optD = torch.optim.Adam(netD.parameters(), args.lr_d, betas, fused=True)
+    ddpG, ddpD = run.parallel(netG), run.parallel(netD)
 
-    # Under torchrun run.parallel(net) is DistributedDataParallel(net), which averages gradients
-    # over the processes; otherwise it is net. With --compile it also calls net.compile().
-    ddpG = run.parallel(netG)
-    ddpD = run.parallel(netD)
-
-    # run.steps yields (step, images in [-1, 1], labels) until the run is done. Steps count from 0,
-    # and --resume goes on counting. Checkpoints keep the arguments of run.steps under these names.
-    # run.steps logs, saves and draws between steps, also after a `continue`.
+    # run.steps hands out batches, images (N, nc, H, W) in [-1, 1] and labels (N), until the run is
+    # done. In between it logs, draws and saves what it is given here, which --resume restores.
     for step, real, labels in run.steps(netG=netG, netD=netD, netG_ema=netG_ema, optG=optG, optD=optD):
         factor = 1
-        if args.lr_decay == "linear":  # 1 in the first half, then a straight line to 0
+        if args.lr_decay == "linear":  # 1 in the first half, then a line to 0
             factor = min(1, 2 - 2 * run.done)
         optG.param_groups[0]["lr"] = factor * args.lr_g
         optD.param_groups[0]["lr"] = factor * args.lr_d
+        # netD learns in every step, netG in every --d_steps-th, and not while netD is pretrained.
         train_g = step >= args.pretrain_d and (step + 1) % args.d_steps == 0
 
         # D step: tell real from fake, and the class. In two passes, for BatchNorm must not mix real
         # and fake. The fakes are of the same classes as the real images.
         z = torch.randn(len(real), args.nz, device=run.device)
         with run.autocast():
-            with torch.set_grad_enabled(train_g):  # only a G step needs fake's graph
+            with torch.set_grad_enabled(train_g):  # the G step, if there is one, uses fake again
                 fake = ddpG(z, labels)
             real_logits, real_class = ddpD(real)
             fake_logits, fake_class = ddpD(fake.detach())
         real_logits, real_class = real_logits.float(), real_class.float()
         fake_logits, fake_class = fake_logits.float(), fake_class.float()
         loss_d = d_loss(real_logits, fake_logits, args)
-        # In the log loss_d is as in dcgan.py, without class loss and penalty. D is the sigmoid of the
-        # real/fake logit.
+        # In the log loss_d is as in dcgan.py, without class loss and penalty.
         run.log({"loss_d": loss_d, "D(x)": real_logits.sigmoid(), "D(G(z))": fake_logits.sigmoid()})
         run.log({"acc_real": accuracy(real_class, labels, n)})
         run.log({"acc_fake": accuracy(fake_class, labels, n)})
@@ -290,8 +244,7 @@ def train(args):
         class_loss = class_loss + F.cross_entropy(fake_class, labels + fake_offset)
         loss_d = loss_d + class_loss
         if args.gp_weight > 0 and step % args.gp_every == 0:  # "lazy": StyleGAN2, appendix B
-            # Not ddpD: DistributedDataParallel does not support autograd.grad. The weights are
-            # ddpD's, so loss_d.backward() averages the penalty's gradients, too.
+            # netD, not ddpD: DDP takes one forward for each backward(), which averages this, too.
             penalty = gradient_penalty(netD, real, labels, fake_offset)
             loss_d = loss_d + args.gp_every * args.gp_weight * penalty
         optD.zero_grad()
@@ -300,12 +253,10 @@ def train(args):
         if not train_g:
             continue
 
-        # G step: make the same fakes pass for real, and be seen as their class. netD is frozen: the
-        # gradient only goes through it, to netG. Not ddpD: DistributedDataParallel would wait for
-        # gradients of netD's weights.
+        # G step: make the same fakes pass for real, and be seen as their class. Only netG learns.
         netD.requires_grad_(False)
         with run.autocast():
-            fake_logits, fake_class = netD(fake)
+            fake_logits, fake_class = netD(fake)  # ddpD would wait for gradients of netD's weights
         class_loss_g = g_class_loss(fake_class.float(), labels, fake_offset)
         loss_g = g_loss(fake_logits.float()) + args.aux_g * class_loss_g
         run.log({"loss_g": loss_g})  # with the class loss; with adc it can be negative
@@ -314,236 +265,215 @@ def train(args):
         optG.step()
         netD.requires_grad_(True)
 
-        # decay rises from 0.1 at step 0 to args.ema. With --ema 0 the average is netG's weights.
+        # The moving average, of BatchNorm's statistics, too. Low at first, decay forgets the start.
         decay = min(args.ema, (1 + step) / (10 + step))
-        with torch.no_grad():
-            for average, w in zip(netG_ema.parameters(), netG.parameters()):
+        for average, w in zip(netG_ema.state_dict().values(), netG.state_dict().values()):
+            if w.is_floating_point():  # all but BatchNorm's counts of batches
                 average.lerp_(w, 1 - decay)  # decay * average + (1 - decay) * w
 
 # ---------------------------------------------------------------------------------------- PLUMBING
-# The same lines in gan.py, dcgan.py and acgan.py. They need from above:
-# - METHOD, another one in a copy that is another method; add_method_flags, with --nz, --img_size and
-#   --d_steps; RECIPES, with --batch_size, --lr_g, --lr_d and each method flag that has no default
-# - Generator, called as netG(z, labels), with exactly its arguments in .config: nz, nc, img_size, and
-#   n_classes if it takes labels, which are int64 and, for a net without classes, all 0. Latents
-#   are always N(0, 1): it turns them into whatever else it needs
-# - config_of, its arguments read off somebody's state dict
-# - train(args), which makes nets and optimizers, and gives them to run.steps, netG_ema among them
-# They give Run(args), or Run(args, labelled=True) for images with a class only: .device, .classes,
-# .memory_format, .autocast(), .parallel(net), .steps(...), .log({name: tensor}), and .done and .epoch,
-# how much of the run is over and how often the data was seen. A step is one pass of the loop.
+# The same lines in gan.py, dcgan.py and acgan.py. They need METHOD, DATASETS, PAPER, add_method_flags,
+# train, and Generator, with its arguments in netG.config: nz, nc and img_size. A net with classes has
+# n_classes, too, and is called as netG(z, labels).
 
-SCRIPT = Path(globals().get("__file__", METHOD)).stem  # in names and messages; a notebook has no file
-SIGHUP = getattr(signal, "SIGHUP", None)  # a lost terminal; Windows has none
-DATASETS = {  # what changes the defaults for a data set
-    "digits": "--img_size 32 --nc 1 --max_steps 4600",
-    "mnist": "--img_size 32 --nc 1 --max_steps 6000",
-    "fashion_mnist": "--img_size 32 --nc 1 --max_steps 6000",
-    "cifar10": "--img_size 32 --hflip",
-    "celeba": "--hflip",
-}
+import argparse
+import collections
+import contextlib
+import functools
+import gc
+import glob
+import hashlib
+import inspect
+import io
+import json
+import os
+import shlex
+import signal
+import sys
+import tempfile
+import time
+from multiprocessing.pool import ThreadPool
+from pathlib import Path
 
-# Of n images a default run takes at most 250 passes and 250 * sqrt(n) steps: few images are known by
-# heart then, and pictures get worse again.
-MAX_EPOCHS = 250
+import numpy as np
+import torch.distributed as dist
+from PIL import Image, ImageDraw, ImageFont, ImageOps
+from torch.nn.parallel import DistributedDataParallel
+from tqdm import tqdm
 
-class UserError(Exception):
-    """An error that the user can mend: main() makes one line of it, without a traceback."""
+# Which process this is, and of how many: torchrun says so.
+RANK, WORLD_SIZE = int(os.getenv("RANK", "0")), int(os.getenv("WORLD_SIZE", "1"))
 
-def say(text):
-    """A line on stderr, from one process of a run."""
-    if os.environ.get("RANK", "0") == "0":
-        print(f"{SCRIPT}.py: {text}", file=sys.stderr)
-
-# ------------------------------------------------------------------------------------------- flags
-
-def number(kind, low, high, text):
-    """argparse type, by functools.partial: an int or a float from low to high."""
-    try:
-        value = kind(text)
-    except ValueError:
-        value = math.nan  # which is in no range
-    if not low <= value <= high:
-        raise argparse.ArgumentTypeError(f"{text} is not a valid {kind.__name__} from {low} to {high}")
-    return value
-
-positive = functools.partial(number, int, 1, 2**31 - 1)
-count = functools.partial(number, int, 0, 2**31 - 1)
-at_least_2 = functools.partial(number, int, 2, 2**31 - 1)
-seed = functools.partial(number, int, 0, 2**63 - 1)
-not_negative = functools.partial(number, float, 0, 1e38)
-fraction = functools.partial(number, float, 0, 1)
-below_1 = functools.partial(number, float, 0, 0.999999)
-
-class Length(argparse.Action):
-    """--max_steps or --epochs: the last one that is given counts, and unsets the other."""
-
-    def __call__(self, parser, args, value, flag=None):
-        args.max_steps = args.epochs = None
-        setattr(args, self.dest, value)
-
-class BothRates(argparse.Action):
-    """--lr sets --lr_g and --lr_d; there is no args.lr."""
-
-    def __call__(self, parser, args, value, flag=None):
-        args.lr_g = args.lr_d = value
-
-class HelpFormatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
-    """Keeps the lines of the docstring, and shows defaults."""
-
-def make_parser():
-    parser = argparse.ArgumentParser(
-        prog=f"{SCRIPT}.py",
-        usage=f"python {SCRIPT}.py [flags]",
-        description=__doc__,
-        formatter_class=HelpFormatter,
-        allow_abbrev=False,
-        add_help=False,  # comes last, in get_args, when the defaults are known
-    )
-    switch = argparse.BooleanOptionalAction
-    add_method_flags(parser.add_argument_group("method"))
-
-    flag = parser.add_argument_group("data").add_argument
-    flag("--dataset", default="digits", help=f"{', '.join(DATASETS)}; a folder or .zip of images")
-    flag("--data_dir", default="./data", help="where data sets are found, downloaded and cached")
-    flag("--nc", type=int, choices=(1, 3), default=3, help="channels: 1 grey, 3 RGB")
-    flag("--hflip", action=switch, default=False, help="flip real images at random")
-    flag("--max_images", type=positive, help="a random subset of this many; digits: draw this many")
-
-    flag = parser.add_argument_group("optimisation").add_argument
-    flag("--recipe", choices=RECIPES, default="default", help="paper: what its authors chose")
-    flag("--max_steps", type=positive, action=Length, help="length of the run, in steps of netD")
-    flag("--epochs", type=positive, action=Length, help="or in passes over the data; the last given counts")
-    flag("--batch_size", type=at_least_2, help="images per process and step")
-    flag("--lr", type=not_negative, action=BothRates, default=argparse.SUPPRESS, help="both rates")
-    flag("--lr_g", type=not_negative, help="learning rate of netG")
-    flag("--lr_d", type=not_negative, help="learning rate of netD")
-    flag("--beta1", type=below_1, default=0.5, help="Adam's first-moment decay")
-    flag("--beta2", type=below_1, default=0.999, help="Adam's second-moment decay")
-
-    flag = parser.add_argument_group("run").add_argument
-    flag("--seed", type=seed, default=0, help="of training and of latents")
-    flag("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps")
-    flag("--precision", choices=("auto", "fp32", "bf16"), default="auto", help="auto: bf16 if fast")
-    flag("--compile", action=switch, default=False, help="torch.compile both nets: for long runs")
-    flag("--out_dir", help=f"for the run; if none, runs/{SCRIPT}-DATASET; -2, ... if not empty")
-    flag("--resume", nargs="?", const=True, metavar="PATH", help="go on with the last stopped run, or PATH")
-    flag("--save_interval", type=positive, metavar="STEPS", help="if none, 50 saves a run, or fewer")
-    flag("--keep_every", type=positive, metavar="EPOCHS", help="also keep numbered checkpoints")
-    flag("--log_interval", type=positive, default=50, metavar="STEPS", help="between lines of the log")
-    flag("--tensorboard", action=switch, default=False, help="scalars and grids for TensorBoard")
-
-    flag = parser.add_argument_group("sampling").add_argument
-    flag("--sample", metavar="PATH", help="generate, from a checkpoint or a run's folder")
-    flag("--n_samples", type=positive, help="pictures; if none, 64, or 10 of each class")
-    flag("--out", metavar="FILE.png|FILE.npz|FOLDER/", help="if none, a grid beside the checkpoint")
-    flag("--labels", help="classes in turn, by number or name: 0,3,7 or cat,dog; if none, all")
-    flag("--walk_dim", type=count, metavar="D", help="move coordinate D of a latent, 0.01 a picture")
-    return parser
-
-def get_args(argv=None):
-    """Command line -> argparse.Namespace. A later layer wins: data set, recipe, checkpoint, typed."""
-    parser = make_parser()
-    parser.prog = f"{SCRIPT}.py, in DATASETS or RECIPES"  # where a mistake is said to be
-    for words in [*DATASETS.values(), *RECIPES.values()]:
-        parser.parse_args(words.split())  # only to check them
-    parser.prog = f"{SCRIPT}.py"
-    typed = typed_flags(parser, argv)
-    refuse_useless(parser, typed)
-    layers = [
-        "--max_steps 24000",
-        DATASETS.get(typed.get("dataset", "digits"), ""),
-        RECIPES["default"],
-        RECIPES[typed.get("recipe", "default")],
-    ]
-    values = vars(parser.parse_args(" ".join(layers).split()))
-    method = argparse.ArgumentParser()
-    add_method_flags(method)
-    for name in ("batch_size", "lr_g", "lr_d", *vars(method.parse_args([]))):
-        if values[name] is None:
-            raise ValueError(f"--{name} has no default: write one into RECIPES")
-    if values["epochs"] is None:  # no data set has --epochs above
-        values["epochs"] = MAX_EPOCHS  # or --max_steps, whichever is over first
-    path = None
-    if "resume" in typed:
-        given = typed["resume"]
-        if given is True:  # without PATH
-            given = typed.get("out_dir") or newest_stopped_run()
-        path = last_checkpoint(given)
-        saved = load_checkpoint(path)["args"]
-        values |= {name: saved[name] for name in values.keys() & saved.keys()}  # those still there
-        values["out_dir"] = str(Path(path).parent)
-    parser.set_defaults(**values)
-    parser.add_argument("-h", "--help", action="help", help="print this, for the --dataset given")
-    args = parser.parse_args(argv)  # the last layer: what was typed
-    args.resume = path
-    return args
-
-def typed_flags(parser, argv):
-    """{flag: value} of the command line, without defaults."""
-    blank = dict.fromkeys(vars(parser.parse_args([])))  # all None. argparse leaves what is set
-    args, _ = parser.parse_known_args(argv, argparse.Namespace(**blank))
-    return {name: value for name, value in vars(args).items() if value is not None}
-
-def refuse_useless(parser, typed):
-    """Ends the program at a flag that would do nothing: with --sample, or only without it."""
-    for_sampling = {"n_samples", "out", "labels", "walk_dim"}
-    if "sample" in typed:
-        useless = typed.keys() - for_sampling - {"sample", "seed", "device", "batch_size"}
-        said = "with"
-    else:
-        useless = typed.keys() & for_sampling
-        said = "without"
-    if useless:
-        parser.error(f"--{min(useless)} {said} --sample would do nothing")
-    if "resume" in typed and "recipe" in typed:
-        parser.error("--recipe with --resume: give the flags of the recipe that are to change")
-    if typed.get("resume") is True and "dataset" in typed and "out_dir" not in typed:
-        parser.error("--dataset with --resume: name the run, too, as in --resume RUN")
-
-# -------------------------------------------------------------------------------------------- data
+def fail(text):
+    """Ends the program with one line, for what the user can mend. A bug keeps its traceback."""
+    sys.exit(f"{os.path.basename(sys.argv[0])}: error: {' '.join(text.split())}")
 
 @contextlib.contextmanager
-def atomic_write(path):
-    """Opens a file in a temporary folder beside `path`, moved there when the block ends well. The
-    folder is deleted in any case."""
+def new_file(path):
+    """Opens a file that gets its name when the block ends well: nobody ever sees half of it."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as folder:
+    with tempfile.TemporaryDirectory(prefix=".", dir=path.parent) as folder:
         with open(Path(folder, path.name), "wb") as f:
             yield f
             f.flush()
             os.fsync(f.fileno())
         os.replace(f.name, path)
 
-def find_images(args):
-    """--dataset -> (names, open_image(i), labels, classes, stamp).
-    labels: int64 (N), -1 without a class. stamp: a text that changes with any image."""
-    if not args.dataset:
-        raise UserError("--dataset: its value is empty")
-    path = Path(args.dataset)
-    if args.dataset in DATASETS and path.is_dir():
-        say(f"--dataset {path} is the data set of that name; for the folder, write ./{path}")
-    if args.dataset == "digits":
-        return draw_digits(args)
-    if args.dataset == "celeba":
-        return open_files(find_celeba(args))
-    if args.dataset in DATASETS:
-        data = download(args)
-        stamp = hashlib.sha256(np.ascontiguousarray(np.asarray(data.data))).hexdigest()
-        return range(len(data)), lambda i: data[i][0], np.asarray(data.targets), data.classes, stamp
-    return open_files(path)
+# ------------------------------------------------------------------------------------------- flags
 
-def draw_digits(args):
-    """find_images of the embedded data set."""
-    names = range(args.max_images or 20000)
-    labels = np.array(names) % 10
-    classes = [str(k) for k in range(10)]
-    return names, lambda i: draw_digit(i, args.img_size), labels, classes, f"digits {args.img_size}"
+def number(kind, low, high=2**31 - 1):
+    """argparse type: an int or a float, as `kind` says, from low to high."""
+    def parse(text):
+        if not low <= kind(text) <= high:  # nor NaN
+            raise argparse.ArgumentTypeError(f"{text} is not from {low} to {high}")
+        return kind(text)
+    parse.__name__ = kind.__name__  # for argparse's own messages
+    return parse
+
+class HelpFormatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
+    """Keeps the lines of the docstring, and shows defaults."""
+
+def make_parser():
+    parser = argparse.ArgumentParser(usage="%(prog)s [flags]", description=__doc__,
+                                     formatter_class=HelpFormatter, allow_abbrev=False)
+    switch = argparse.BooleanOptionalAction
+    add_method_flags(parser.add_argument_group("method"))
+
+    flag = parser.add_argument_group("data").add_argument
+    flag("--dataset", default="digits", help=f"{', '.join(DATASETS)}, or a folder of images")
+    flag("--data_dir", default="./data", help="where data sets are found, downloaded and cached")
+    flag("--nc", type=int, choices=(1, 3), default=3, help="channels: 1 grey, 3 RGB")
+    flag("--hflip", action=switch, default=False, help="flip real images at random")
+    flag("--max_images", type=number(int, 1), help="a random subset of this many")
+
+    group = parser.add_argument_group("run")
+    flag = group.add_mutually_exclusive_group().add_argument
+    flag("--recipe", choices=("default", "paper"), default="default", help="paper: nearly its authors'")
+    flag("--resume", metavar="RUN", help="go on with the run in this folder, or from a checkpoint")
+    flag("--sample", metavar="RUN", help="draw pictures, from a run's folder or a checkpoint")
+    flag = group.add_argument
+    flag("--epochs", type=number(int, 1), default=250, help="length in passes over the data, not --max_steps")
+    flag("--seed", type=number(int, 0, 2**63 - 1), default=0, help="of training and of latents")
+    flag("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps")
+    flag("--precision", choices=("auto", "fp32", "bf16"), default="auto", help="auto: bf16 if fast")
+    flag("--compile", action=switch, default=False, help="torch.compile both nets: for long runs")
+    flag("--out_dir", help=f"for the run (runs/{METHOD}-DATASET); another run's: -2, ...")
+    flag("--save_interval", type=number(int, 1), metavar="STEPS", help="if none, 50 saves, 100 steps apart or more")
+    flag("--keep_every", type=number(int, 1), metavar="EPOCHS", help="keep a checkpoint that often")
+    flag("--log_interval", type=number(int, 1), default=50, metavar="STEPS", help="of log.jsonl")
+    flag("--tensorboard", action=switch, default=False, help="scalars and grids for TensorBoard")
+
+    flag = parser.add_argument_group("sampling").add_argument
+    flag("--n_samples", type=number(int, 1), help="pictures; if none, 64, or 10 of each class")
+    flag("--out", metavar="FILE.png|FOLDER/", help="if none, a grid beside the checkpoint")
+    flag("--labels", help="classes in turn, by name or number: cat,dog or 0,3,7; if none, all")
+    flag("--walk_dim", type=number(int, 0), metavar="D", help="move one coordinate of a latent")
+    return parser
+
+def get_args(argv=None):
+    """The flags. A later layer wins: default=, DATASETS, PAPER, a resumed run's, what is typed."""
+    argv = sys.argv[1:] if argv is None else argv
+    typed = {word.split("=")[0] for word in argv if word.startswith("--")}
+    parser = make_parser()
+    args = parser.parse_args([word for word in argv if word not in ("-h", "--help")])
+    values = DATASETS.get(args.dataset, {}) | (PAPER if args.recipe == "paper" else {})
+    if not values.keys() <= vars(args).keys():
+        raise ValueError(f"no flags: {values.keys() - vars(args).keys()}, in DATASETS or PAPER")
+    if args.resume is not None:
+        path = checkpoint_in(args.resume)
+        saved = load_checkpoint(path)["args"] | {"out_dir": str(path.parent)}
+        values = {name: saved[name] for name in saved.keys() & vars(args).keys()}
+    if "--max_steps" in typed:  # a length that is typed takes the place of both defaults
+        values["epochs"] = None
+    if "--epochs" in typed:
+        values["max_steps"] = None
+    parser.set_defaults(**values)
+    args = parser.parse_args(argv)
+
+    useless, when = typed & {"--n_samples", "--out", "--labels", "--walk_dim"}, "without --sample"
+    if args.sample is not None:
+        useless, when = typed - useless - {"--sample", "--seed", "--device"}, "with --sample"
+    elif {"--max_steps", "--epochs"} <= typed:
+        useless, when = {"--max_steps"}, "with --epochs: type one of them"
+    if useless:
+        parser.error(f"{min(useless)} does nothing {when}")
+    return args
+
+# -------------------------------------------------------------------------------------------- data
+
+def find_images(args):
+    """--dataset -> names of its images; open_image(name) -> PIL image; labels (N), -1 for none; names
+    of the classes; a stamp that changes with any image; [(reason, name)] of what is left out."""
+    if args.dataset == "digits":
+        names = range(args.max_images or 20000)
+        draw = functools.partial(draw_digit, size=args.img_size)
+        return names, draw, np.array(names) % 10, list("0123456789"), "", []
+    if args.dataset == "celeba":
+        pattern = f"{glob.escape(args.data_dir)}/**/img_align_celeba"
+        if not glob.glob(pattern, recursive=True):
+            download("CelebA", args)
+        found = list_folder(min(glob.glob(pattern, recursive=True)))
+        if len(found[0]) < 202599:
+            print(f"{len(found[0])} of CelebA's 202599 images are there", file=sys.stderr)
+        return found
+    kinds = {"mnist": "MNIST", "fashion_mnist": "FashionMNIST", "cifar10": "CIFAR10"}
+    if args.dataset in kinds:
+        data = download(kinds[args.dataset], args)
+        stamp = hashlib.sha256(np.ascontiguousarray(data.data)).hexdigest()
+        labels = np.asarray(data.targets)
+        return range(len(data)), lambda i: data[i][0], labels, data.classes, stamp, []
+    return list_folder(args.dataset)
+
+def download(kind, args):
+    """torchvision's data set, downloaded if it is not there yet; not by several processes at once."""
+    from torchvision import datasets  # here and not above: --help need not wait for it
+    try:
+        return getattr(datasets, kind)(args.data_dir, download=WORLD_SIZE == 1)
+    except Exception as e:  # noqa: BLE001  no network, a quota, damaged files: one way out of all
+        fail(f"--dataset {args.dataset}: not in {args.data_dir}, and no download (never under torchrun): "
+             f"put its files there, of celeba the folder img_align_celeba: {e}")
+
+def list_folder(folder):
+    """find_images of a folder, behind links too. The folder that an image lies in is its class."""
+    stamps, left_out, entered = {}, [], set()
+    walk = os.walk(folder, onerror=lambda e: left_out.append((e.strerror, e.filename)), followlinks=True)
+    for place, subfolders, files in walk:
+        real = os.path.realpath(place)
+        if real in entered or "checkpoint.pt" in files:
+            why_not = "listed already" if real in entered else "a run's folder"
+            left_out.append((why_not, place))
+            subfolders.clear()
+            continue
+        entered.add(real)
+        subfolders[:] = [name for name in sorted(subfolders) if not name.startswith(".")]
+        for file in files:
+            path = Path(place, file)
+            name = os.path.relpath(path, folder)
+            if path.suffix.lower() in Image.registered_extensions() and path.exists():
+                stat = path.stat()  # ctime, for after mv another file may have the same mtime
+                stamps[name] = stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns
+            else:
+                left_out.append(("no image, by its name" if path.exists() else "a link to nothing", name))
+    names = sorted(stamps)
+    if not names:
+        fail(f"--dataset {folder}: no folder with images; unpack archives; {summary(left_out)}")
+    parents = [Path(name).parent.name for name in names]
+    classes = sorted(set(parents) - {""})
+    number_of = {name: k for k, name in enumerate(classes)}
+    labels = np.array([number_of.get(parent, -1) for parent in parents])
+    stamp = os.path.realpath(folder), sorted(stamps.items())
+    return names, lambda name: Image.open(Path(folder, name)), labels, classes, stamp, left_out
+
+def summary(left_out):
+    """[(reason, name)] -> how many files are left out, why, and one of each kind."""
+    counts = collections.Counter(reason for reason, name in left_out).most_common(8)
+    some = [f"{n} {reason} ({dict(left_out)[reason]})" for reason, n in counts]
+    return f"left out {len(left_out)}: {', '.join(some)}"
 
 font = functools.cache(ImageFont.load_default)
 
 def draw_digit(i, size):
-    """The digit i % 10 in grey, of varied weight, place and angle."""
+    """The embedded data set: the digit i % 10 in grey, of varied weight, place and angle."""
     rng = np.random.default_rng(i)
     paper, ink = int(rng.integers(20)), int(rng.integers(200, 256))
     side = 2 * size  # reduced later, for smooth edges
@@ -553,419 +483,179 @@ def draw_digit(i, size):
     ImageDraw.Draw(img).text(middle, str(i % 10), ink, font(side), "mm", stroke_width=stroke)
     return img.rotate(rng.uniform(-6, 6), Image.Resampling.BILINEAR, fillcolor=paper)
 
-def find_celeba(args):
-    """CelebA's folder or .zip, wherever it lies below --data_dir; or torchvision's download."""
-    pattern = os.path.join(glob.escape(args.data_dir), "**", "img_align_celeba*")
-    for found in sorted(glob.glob(pattern, recursive=True)):
-        if os.path.isdir(found) or found.endswith(".zip"):
-            return Path(found)
-    return Path(download(args).root, "celeba", "img_align_celeba")  # as it is found the next time
-
-def download(args):
-    """torchvision's data set of this name, which it downloads where it is not there yet."""
-    from torchvision import datasets  # here and not above: --help need not wait for it
-    kind, files = {
-        "mnist": (datasets.MNIST, "MNIST/raw/*.gz"),
-        "fashion_mnist": (datasets.FashionMNIST, "FashionMNIST/raw/*.gz"),
-        "cifar10": (datasets.CIFAR10, "cifar-10-python.tar.gz"),
-        "celeba": (datasets.CelebA, "img_align_celeba.zip"),
-    }[args.dataset]
-    try:
-        return kind(args.data_dir, download=True)
-    except (Exception, SystemExit) as e:  # no network, a quota, damaged files: one way out of all
-        place = f"put {files} into {args.data_dir}"
-        raise UserError(f"--dataset {args.dataset}: {place}; no download: {e}") from e
-
-def list_folder(path):
-    """{name: stamp} of all files below a folder, behind links too. Says which cannot be read."""
-    stamps = {}
-    entered = set()
-
-    def left_out(error):
-        say(f"left out {error.filename}: {error.strerror}")
-
-    for folder, subfolders, files in os.walk(path, onerror=left_out, followlinks=True):
-        real = os.path.realpath(folder)
-        if real in entered:  # links in circles would never end
-            say(f"left out {folder}: it is {real}, which is listed already")
-            subfolders.clear()
-            continue
-        entered.add(real)
-        subfolders.sort()
-        for name in files:
-            file = Path(folder, name)
-            try:
-                stat = file.stat()
-            except OSError as e:
-                left_out(e)
-                continue
-            # ctime, too: after cp -p or mv another file may have the same mtime.
-            times = stat.st_mtime_ns, stat.st_ctime_ns
-            stamps[file.relative_to(path).as_posix()] = stat.st_size, *times
-    return stamps
-
-def open_files(path):
-    """find_images of a folder, or of a .zip, which is read as it is and never extracted."""
-    if zipfile.is_zipfile(path):
-        archive = zipfile.ZipFile(path)
-        entries = {info.filename.replace("\\", "/"): info for info in archive.infolist()}
-        stamps = {name: info.CRC for name, info in entries.items() if not info.is_dir()}
-        stamp = ""
-        open_name = lambda name: Image.open(archive.open(entries[name]))
-    elif path.is_file():
-        raise UserError(f"--dataset {path}: neither a folder nor a .zip, or an incomplete one")
-    else:
-        stamps = list_folder(path)
-        stamp = str(path.resolve())
-        open_name = lambda name: Image.open(path / name)
-    names = choose_images(stamps)
-    if not names:
-        raise UserError(f"--dataset {path}: no images; give {', '.join(DATASETS)}, a folder or a .zip")
-    labels, classes = find_classes(names)
-    stamp += repr([(name, stamps[name]) for name in names])
-    return names, lambda i: open_name(names[i]), labels, classes, stamp
-
-def choose_images(names):
-    """The names that are of images, sorted. Says what others there are."""
-    images, others = [], Counter()
-    for name in sorted(names):
-        suffix = PurePosixPath(name).suffix.lower()
-        hidden = re.search(r"(^|/)(\.|__MACOSX/)", name)
-        if suffix in Image.registered_extensions() and not hidden:
-            images.append(name)
-        elif not hidden:
-            others[suffix or "without a suffix"] += 1
-        elif suffix in Image.registered_extensions() and "__MACOSX" not in name:
-            others["hidden images"] += 1
-    if others:
-        text = ", ".join(f"{n} {what}" for what, n in others.items())
-        way_out = "; save .heic as .jpg" if ".heic" in others else ""
-        say(f"left out {text}{way_out}")
-    return images
-
-def find_classes(names):
-    """Labels and classes, by the first folders of which there are several: x/cat/1, x/dog/2. Or -1 and none."""
-    folders = [name.split("/")[:-1] for name in names]
-    for depth in range(max(map(len, folders))):
-        kinds = [folder[depth] if len(folder) > depth else None for folder in folders]
-        classes = sorted(set(kinds) - {None})
-        if len(classes) > 1:
-            number_of = {name: k for k, name in enumerate(classes)} | {None: -1}
-            return np.array([number_of[kind] for kind in kinds]), classes
-    return np.full(len(names), -1), []
-
-def is_deep(img):
-    """Whether an image has 16 or 32 bits or floats: Pillow's modes I;16, I and F."""
-    return img.mode[0] in "IF"
-
-def find_limits(open_image, chosen):
-    """(black, white) of deep images: the range of all their values."""
-    lows, highs = [0.0], [0.0]
-
-    def look(i):
-        with contextlib.suppress(Exception):  # damaged ones are named later
-            img = open_image(i)
-            if is_deep(img):
-                values = np.asarray(img)
-                values = values[np.isfinite(values)]
-                lows.append(float(values.min()))
-                highs.append(float(values.max()))
-
-    with ThreadPool() as pool:
-        pool.map(look, chosen)
-    if len(lows) == 1:  # none is deep, and nobody will ask
-        return 0, 65535
-    low, high = min(lows), max(highs)
-    if low == 0:  # up to a number of bits, or to 1; resizing may have gone beyond it a little
-        high = next((top for top in (1, 255, 1023, 4095, 16383, 65535) if high <= 1.05 * top), high)
-    say(f"in images of more than 8 bits {low:g} is taken for black, {high:g} for white")
-    return low, high
-
-def to_pixels(img, size, nc, limits=(0, 65535)):
-    """PIL image of any kind -> bytes of size x size x nc: short side resized, centre cropped."""
+def to_pixels(img, size, nc):
+    """PIL image -> bytes (size, size, nc): upright, its middle, resized, transparent parts white."""
     mode = "L" if nc == 1 else "RGB"
+    if img.mode[0] in "IF":
+        raise ValueError("with more than 8 bits a channel: convert them")
     img.draft(mode, (2 * size, 2 * size))  # JPEG: decode at reduced size
-    img = ImageOps.exif_transpose(img)
-    if is_deep(img):
-        black, white = limits
-        pixels = (np.asarray(img).astype(np.float64) - black) / (white - black) * 255
-        img = Image.fromarray(np.nan_to_num(pixels).round().clip(0, 255).astype(np.uint8))
+    with contextlib.suppress(Exception):  # EXIF may be damaged where the pixels are not
+        ImageOps.exif_transpose(img, in_place=True)
     if img.has_transparency_data:
         img = Image.alpha_composite(Image.new("RGBA", img.size, "white"), img.convert("RGBA"))
     return ImageOps.fit(img.convert(mode), (size, size), Image.Resampling.BICUBIC).tobytes()
 
 def load_data(args, labelled=False):
-    """--dataset -> images, uint8 (N, H, W, C); labels, int64 (N); names of classes.
-    Decoded once, into a cache file. labelled: only images that have a class."""
-    names, open_image, labels, classes, stamp = find_images(args)
-    size, nc = args.img_size, args.nc
+    """--dataset -> uint8 images (N, H, W, C); int64 labels (N), -1 for none; names of the classes.
+    Under torchrun this process's share of them. labelled: only images that have a class."""
+    names, open_image, labels, classes, stamp, left_out = find_images(args)
     chosen = np.arange(len(names))
     if labelled:
-        if not classes:
-            raise UserError(f"--dataset {args.dataset}: no classes; give a folder for each class")
+        if len(classes) < 2:
+            fail(f"--dataset {args.dataset}: no classes; give a folder with a folder for each class")
         chosen = chosen[labels >= 0]
-        if len(chosen) < len(names):
-            say(f"left out {len(names) - len(chosen)} images that are in none of the class folders")
+        left_out += [("in no class's folder", names[i]) for i in np.flatnonzero(labels < 0)]
     some = np.random.default_rng(0).permutation(len(chosen))[:args.max_images]  # None: all
-    chosen = chosen[np.sort(some)]
-    made_of = [stamp, chosen.tobytes(), PIL.__version__]
-    for code in (draw_digit.__code__, to_pixels.__code__):  # an edit of these makes another cache
-        made_of += [code.co_code, code.co_consts, code.co_names]
-    key = hashlib.sha256(repr(made_of).encode(errors="surrogatepass")).hexdigest()[:16]
-    cache = cache_file(args, f"{Path(args.dataset).resolve().stem}-{size}x{nc}-{key}.rows")
+    chosen = chosen[np.sort(some[RANK::WORLD_SIZE])]
+
+    # Decoded once, into a file that is mapped to memory. Its name changes with any image, and with
+    # any edit of the two functions that make pixels.
+    code = inspect.getsource(to_pixels) + inspect.getsource(draw_digit)
+    made_of = repr((stamp, args.img_size, args.nc, code)).encode()
+    key = hashlib.sha256(made_of + chosen.tobytes()).hexdigest()[:16]
+    cache = Path(args.data_dir, "cache", f"{Path(args.dataset).resolve().name}-{key}")
     if not cache.exists():
-        decode(args, names, open_image, chosen, cache)
-    row = np.dtype([("index", np.int64), ("pixels", np.uint8, (size, size, nc))])  # as decode writes
-    rows = np.memmap(cache, row, "c")  # copy on write: torch warns of arrays that may only be read
-    unreadable = [str(names[i]) for i in np.setdiff1d(chosen, rows["index"])]
-    if unreadable:
-        some = ", ".join(unreadable[:5])
-        say(f"left out {len(unreadable)} images that cannot be read: {some}")
-    brightest = rows["pixels"][:100].max()
-    if brightest < 64:
-        say(f"warning: these images are dark: no value of the first 100 is above {brightest} of 255")
-    labels = labels[rows["index"]]
-    found = set(labels.tolist())
-    empty = [name for k, name in enumerate(classes) if k not in found]
-    if labelled and empty:
-        say(f"warning: there is no image of {', '.join(empty)}")
-    return rows["pixels"], labels, classes
+        decode(names, open_image, chosen, args, cache)
+    data = np.memmap(cache, mode="c")  # "c", for torch warns of arrays that may only be read
+    end = len(data) - 8 - int.from_bytes(data[-8:].tobytes())
+    readable, unreadable = json.loads(data[end:-8].tobytes())
+    images = torch.from_numpy(data[:end].reshape(-1, args.img_size, args.img_size, args.nc))
+    left_out += map(tuple, unreadable)
+    if left_out:
+        print(summary(left_out), file=sys.stderr)
+    if np.ptp(images[::len(images) // 100 + 1].numpy(), 0).mean() < 3:
+        print("warning: the images hardly differ (transparent parts are white)", file=sys.stderr)
+    return images, torch.from_numpy(labels[readable]), classes
 
-def cache_file(args, name):
-    """Where a cache is, or can be written: below --data_dir, or else in the user's own folder."""
-    places = [Path(args.data_dir, "cache", name), Path.home() / ".cache" / "gan" / name]
-    for place in places:
-        if place.exists():
-            return place
-    for place in places:
-        there = next(parent for parent in place.parents if parent.exists())
-        if os.access(there, os.W_OK):
-            return place
-    raise UserError(f"--data_dir {args.data_dir}: it may not be written to, nor may {places[1].parent}")
-
-def decode(args, names, open_image, chosen, cache):
-    """Writes the cache: for each image that can be read a row, its index and its pixels."""
-    limits = find_limits(open_image, chosen)
-    failed = []
-
-    def row(i):
+def decode(names, open_image, chosen, args, cache):
+    """Writes the pixels of all images that can be read; then, in JSON, which of the names they are, and
+    why others are left out; then, in 8 bytes, how long the JSON is."""
+    def read(i):
         try:
-            pixels = to_pixels(open_image(i), args.img_size, args.nc, limits)
-            return i.tobytes() + pixels  # i is an np.int64
+            img = open_image(names[i])
+            frames = 1 if img.format == "MPO" else getattr(img, "n_frames", 1)  # MPO: a small copy
+            return to_pixels(img, args.img_size, args.nc), frames, ""
         except Exception as e:  # noqa: BLE001  damaged files make Pillow raise nearly anything
-            failed.append(f"{names[i]}: {e}")
-            return b""
+            return b"", 0, str(e).split(" '")[0] or type(e).__name__  # without the file's name
 
-    with atomic_write(cache) as f, ThreadPool() as pool:
-        f.writelines(tqdm(pool.imap(row, chosen, 64), "decoding", len(chosen), unit="img"))
-        if len(failed) == len(chosen):
-            raise UserError(f"--dataset {args.dataset}: no image can be read: {failed[0]}")
+    readable, left_out = [], []
+    with new_file(cache) as f, ThreadPool() as pool:
+        bar = tqdm(pool.imap(read, chosen, 64), "decoding", len(chosen), disable=RANK > 0)
+        for (pixels, frames, why_not), i in zip(bar, chosen.tolist()):
+            f.write(pixels)
+            if why_not:
+                left_out.append((why_not, str(names[i])))
+            else:
+                readable.append(i)
+                left_out += [("pages or frames after the first", names[i])] * (frames - 1)
+        if not readable:
+            fail(f"--dataset {args.dataset}: no image can be read; {summary(left_out)}")
+        about = json.dumps([readable, left_out]).encode()
+        f.write(about + len(about).to_bytes(8))
 
 # ---------------------------------------------------------------------------------------- sampling
 
-def latents(seed, start, n, nz):
-    """Latents start, start + 1, ... of a seed: float32 (n, nz) ~ N(0, 1), by Philox and Box-Muller, as
-    infer_ort.py makes them."""
-    blocks = math.ceil(nz / 4)  # for each latent, of four words; two words make two normals
-    philox = np.random.Philox(key=seed, counter=start * blocks)
-    words = philox.random_raw(4 * blocks * n).reshape(n, -1, 2)
-    u = ((words >> np.uint64(11)) + 0.5) * 2.0**-53
+def latents(seed, n, nz):
+    """The first n latents of a seed: float32 (n, nz) ~ N(0, 1), by Philox and Box-Muller, so that every
+    language can make the same ones. infer_ort.py says how."""
+    words = np.random.Philox(key=seed).random_raw(n * math.ceil(nz / 4) * 4).reshape(n, -1, 2)
+    u = ((words >> np.uint64(11)) + 0.5) * 2.0**-53  # two uniform numbers make two normal ones
     r = np.sqrt(-2 * np.log(u[..., 0]))
     t = 2 * np.pi * u[..., 1]
     return np.stack((r * np.cos(t), r * np.sin(t)), -1).reshape(n, -1)[:, :nz].astype(np.float32)
 
 @torch.no_grad()
-def generate(netG, z, labels, batch_size=64):
-    """Latents (n, nz), labels (n) -> uint8 (n, H, W, C). The last batch is padded: in one of another
-    size a picture may differ in its last bit."""
+def generate(netG, *inputs):
+    """Latents (n, nz), for a net with classes labels (n), too -> uint8 (n, H, W, C)."""
     device = next(netG.parameters()).device
-    images = []
-    for i in range(0, len(z), batch_size):
-        rows = np.arange(i, i + batch_size).clip(max=len(z) - 1)  # the last one again and again
-        z_batch = torch.from_numpy(z[rows]).to(device)
-        labels_batch = torch.from_numpy(labels[rows]).to(device)
-        images.append(to_uint8(netG(z_batch, labels_batch)))
-    return np.concatenate(images)[:len(z)]
-
-def to_uint8(images):
-    """float (N, C, H, W) in [-1, 1] -> uint8 (N, H, W, C) array, as in export.py."""
-    pixels = (images.float() * 127.5 + 128).clamp(0, 255).to(torch.uint8)  # 127.5 + 0.5, to round
-    return pixels.permute(0, 2, 3, 1).cpu().numpy()
+    n = len(inputs[0])
+    pictures = []
+    for i in range(0, n, 64):
+        # Always 64, the last one repeated: in another batch a picture may differ in its last bit.
+        rows = np.arange(i, i + 64).clip(max=n - 1)
+        x = netG(*(torch.from_numpy(array[rows]).to(device) for array in inputs))
+        pixels = (x.float() * 127.5 + 128).clamp(0, 255).to(torch.uint8)  # 127.5 + 0.5: rounded
+        pictures.append(pixels.permute(0, 2, 3, 1).cpu().numpy())
+    return np.concatenate(pictures)[:n]
 
 def save_grid(path, images, columns):
     """uint8 (N, H, W, C) -> a PNG file, `columns` pictures in a row."""
     from torchvision.utils import make_grid  # here and not above: --help need not wait for it
-    grid = make_grid(torch.from_numpy(images.copy()).permute(0, 3, 1, 2), columns, pad_value=255)
-    with atomic_write(path) as f:
+    grid = make_grid(torch.tensor(images).permute(0, 3, 1, 2), columns, pad_value=255)
+    with new_file(path) as f:
         Image.fromarray(grid.permute(1, 2, 0).numpy()).save(f, "png")
 
-def save_npz(path, batches, shape, labels):
-    """arr_0: uint8 of this shape, written as the batches come. labels: int64 (N), or None."""
-    header = {"descr": "|u1", "fortran_order": False, "shape": shape}
-    with atomic_write(path) as f, zipfile.ZipFile(f, "w") as archive:
-        with archive.open("arr_0.npy", "w", force_zip64=True) as entry:
-            np.lib.format.write_array_header_1_0(entry, header)
-            for images in batches:
-                entry.write(images.tobytes())
-        if labels is not None:
-            with archive.open("labels.npy", "w", force_zip64=True) as entry:
-                np.lib.format.write_array(entry, labels)
-
-def choose_labels(text, classes):
-    """--labels -> numbers of classes, all if there is no text."""
-    numbers = {str(k): k for k in range(len(classes))}
-    numbers |= {name: k for k, name in enumerate(classes)}  # a name comes before a number
-    asked = classes if text is None else [name.strip() for name in text.split(",")]
-    if not set(asked) <= set(numbers):
-        raise UserError(f"--labels {text}: choose from {', '.join(numbers) or 'none'}")
-    return [numbers[name] for name in asked]
-
 def sample(args):
-    """--sample: pictures of a checkpoint's generator, as a grid, an array or a folder."""
-    path = last_checkpoint(args.sample)
-    netG, classes = load_generator(path)
-    netG.to(pick_device(args.device))
-    nz, size, nc = (netG.config[name] for name in ("nz", "img_size", "nc"))
-    out = args.out or f"{os.path.splitext(path)[0]}_samples.png"
-    suffix = "" if out.endswith(("/", os.sep)) else Path(out).suffix
-    if suffix not in (".png", ".npz", ""):
-        raise UserError(f"--out {out}: give a .png, an .npz or a folder/")
+    """--sample: pictures of a checkpoint's netG, as a grid or as PNG files in a folder."""
+    path = checkpoint_in(args.sample)
+    ckpt = load_checkpoint(path)
+    netG = load_generator(ckpt).to(pick_device(args.device))
+    nz, classes = netG.config["nz"], ckpt["classes"][:netG.config.get("n_classes", 0)]
+    number_of = {str(k): k for k in range(len(classes))}
+    number_of |= {name: k for k, name in enumerate(classes)}  # a name comes before a number
+    asked = classes if args.labels is None else [name.strip() for name in args.labels.split(",")]
+    if not set(asked) <= number_of.keys():
+        fail(f"--labels {args.labels}: choose from {', '.join(classes) or 'none'}")
+    out = args.out or f"{path.with_suffix('')}_samples.png"
+    if Path(out).suffix not in ("", ".png") and not out.endswith("/"):
+        fail(f"--out {out}: give a .png file or a folder/")
     if args.walk_dim is not None and args.walk_dim >= nz:
-        raise UserError(f"--walk_dim {args.walk_dim}: the coordinates are 0 to {nz - 1}")
-    if suffix != ".npz" and nc > 4:
-        raise UserError(f"--out {out}: pictures of {nc} channels: give an .npz")
-    asked = choose_labels(args.labels, classes)
+        fail(f"--walk_dim {args.walk_dim}: the coordinates are 0 to {nz - 1}")
+
     n = args.n_samples or 10 * len(asked) or 64
-    batch_size = min(args.batch_size, max(n, 64))  # not smaller: see generate
-    labels = np.resize(asked or [0], n).astype(np.int64)
-
-    def batches():
-        for i in tqdm(range(0, n, batch_size), "sampling", unit="batch", delay=2):
-            k = min(batch_size, n - i)
-            z = latents(args.seed, i, k, nz)
-            if args.walk_dim is not None:
-                z[:] = latents(args.seed, 0, 1, nz)
-                z[:, args.walk_dim] += 0.01 * np.arange(i, i + k)
-            yield generate(netG, z, labels[i:i + k], batch_size)
-
-    if suffix == ".npz":
-        save_npz(Path(out), batches(), (n, size, size, nc), labels if classes else None)
-    elif suffix == ".png":
-        save_grid(Path(out), np.concatenate(list(batches())), len(asked) or math.ceil(math.sqrt(n)))
+    inputs = [latents(args.seed, n, nz)]
+    if args.walk_dim is not None:
+        inputs[0][:] = inputs[0][0]
+        inputs[0][:, args.walk_dim] += 0.01 * np.arange(n)
+    if classes:
+        inputs.append(np.resize([number_of[name] for name in asked], n))
+    if out.endswith(".png"):
+        save_grid(Path(out), generate(netG, *inputs), len(asked) or math.ceil(math.sqrt(n)))
     else:
-        for i, image in enumerate(itertools.chain.from_iterable(batches())):
-            with atomic_write(Path(out, f"{i:06d}.png")) as f:
-                Image.fromarray(image.squeeze()).save(f, "png")
+        Path(out).mkdir(parents=True, exist_ok=True)
+        for i in tqdm(range(0, n, 64), "sampling", delay=2):
+            for k, image in enumerate(generate(netG, *(array[i:i + 64] for array in inputs)), i):
+                Image.fromarray(image.squeeze()).save(Path(out, f"{k:06d}.png"))
     print(f"wrote {out}")
 
 # ------------------------------------------------------------------------------------- checkpoints
 
-def last_checkpoint(path):
-    """path; or, of a run's folder, the last checkpoint: by name, for copying changes times."""
-    if not os.path.isdir(path):
-        return str(path)
-    numbered = sorted(Path(path).glob("checkpoint_epoch_*.pt"), reverse=True)
-    found = [*Path(path).glob("checkpoint.pt"), *numbered]
-    if not found:
-        raise UserError(f"{path}: there is no checkpoint.pt in this folder")
-    return str(found[0])
+def checkpoint_in(path):
+    """A run's folder -> its checkpoint. A checkpoint -> itself."""
+    return Path(path, "checkpoint.pt") if os.path.isdir(path) else Path(path)
 
-def newest_stopped_run():
-    """The checkpoint, of this script's runs that have steps left, that was written last."""
-    stopped = []
-    for path in glob.glob(f"runs/{SCRIPT}-*/checkpoint.pt"):
-        try:
-            ckpt = load_checkpoint(path)
-            if ckpt["step"] < ckpt["total"]:
-                stopped.append((ckpt["time"], path))
-        except (KeyError, UserError) as e:
-            say(f"left out {path}, damaged or of an older {SCRIPT}.py: {e}")
-    if not stopped:
-        raise UserError(f"--resume: no run in runs/{SCRIPT}-* has steps left; give one, and --max_steps")
-    return max(stopped)[1]
-
-def load_checkpoint(path, methods=(METHOD,)):
-    """What torch.save wrote, on the CPU. UserError if it is damaged or of none of the methods.
-    None among these: a file without a method, somebody else's."""
+def load_checkpoint(path):
+    """What a run of this method saved, on the CPU."""
     with open(path, "rb") as f:
         try:
             ckpt = torch.load(f, map_location="cpu", weights_only=True)  # which runs no code
-            wrote = ckpt.get("script")
-        except Exception as e:  # damaged files make torch raise nearly anything
-            said = "damaged, or more than a dict of tensors, as net.state_dict() is"
-            raise UserError(f"{path}: {said}") from e
-    if wrote not in methods:
-        known = ", ".join(filter(None, methods))
-        raise UserError(f"{path}: its METHOD is {wrote}, known here: {known}")
+            method = ckpt["script"]
+        except Exception:  # noqa: BLE001  damaged files make torch raise nearly anything
+            fail(f"{path}: damaged, or no checkpoint of these scripts (export.py takes others' DCGANs)")
+    if method != METHOD:
+        fail(f"{path} is of {method}.py")
     return ckpt
 
-def load_generator(path):
-    """(netG in eval mode, names of its classes), of this method's checkpoint or somebody else's."""
-    ckpt = load_checkpoint(path, (METHOD, None))
-    if ckpt.get("script"):
-        try:
-            netG = Generator(**ckpt["config"])
-            load_state(netG, ckpt["netG_ema"], path)
-            classes = ckpt["classes"]
-        except (KeyError, TypeError) as e:
-            raise UserError(f"{path}: damaged, or of another {SCRIPT}.py: {e!r}") from e
-    else:
-        netG = find_generator(ckpt, path)
-        classes = [str(k) for k in range(netG.config.get("n_classes", 0))]
-    n_classes = netG.config.get("n_classes", 0)  # without it the data's classes mean nothing
-    return netG.eval(), classes[:n_classes]
-
-def find_generator(ckpt, path):
-    """The first state dict in somebody's checkpoint that fits Generator, whatever it is called."""
-    dicts = [ckpt]
-    for state in dicts:
-        for value in state.values():
-            if isinstance(value, dict) and not any(value is other for other in dicts):
-                dicts.append(value)  # the loop gets there
-        names = [name for name in state if isinstance(name, str)]
-        prefixes = {name.partition("main.0.")[0] for name in names if "main.0." in name}
-        for prefix in sorted(prefixes):  # "", "module.", "netG.", ...
-            part = {name.removeprefix(prefix): state[name] for name in names if name.startswith(prefix)}
-            with contextlib.suppress(Exception):  # another net, perhaps netD
-                netG = Generator(**config_of(part))
-                netG.load_state_dict(part)
-                return netG
-    raise UserError(f"{path}: no state dict in it fits the Generator of {SCRIPT}.py")
-
-def load_state(part, state, path):
-    """part.load_state_dict(state). An optimizer keeps today's options, such as betas, which
-    load_state_dict would put the saved ones in place of."""
-    groups = getattr(part, "param_groups", None)
-    try:
-        if groups and ("betas" in groups[0]) != ("betas" in state["param_groups"][0]):
-            raise ValueError("Adam is not RMSprop")
-        part.load_state_dict(state)
-    except (KeyError, RuntimeError, ValueError) as e:
-        raise UserError(f"{path}: of other nets or optimizers than asked for: {e}") from e
-    if groups:
-        part.param_groups = groups
+def load_generator(ckpt):
+    """netG_ema of a checkpoint, in eval mode."""
+    ckpt["config"].pop("widest", None)  # which older runs have
+    netG = Generator(**ckpt["config"])
+    netG.load_state_dict(ckpt["netG_ema"])
+    return netG.eval()
 
 # --------------------------------------------------------------------------------------------- run
 
 def pick_device(name):
-    """torch.device of --device, with its number. UserError if it cannot be used."""
+    """torch.device of --device, with its number: under torchrun each process has its own GPU."""
+    if name == "auto":
+        found = torch.accelerator.current_accelerator(check_available=True)
+        name = found.type if found else "cpu"
+    if name == "cuda":
+        name = f"cuda:{os.getenv('LOCAL_RANK', '0')}"
     try:
-        if name == "auto":
-            name = torch.accelerator.current_accelerator(check_available=True) or "cpu"
         return torch.zeros(1, device=name).device
     except (AssertionError, RuntimeError) as e:
-        raise UserError(f"--device {name}: {e}") from e
-
-@torch.no_grad()
-def measure_batchnorm(netG, z, labels):
-    """Gives averaged weights BatchNorm statistics of their own (Izmailov et al. 2018, 3.1)."""
-    for layer in netG.modules():
-        if isinstance(layer, (nn.BatchNorm1d, nn.BatchNorm2d)):
-            layer.reset_running_stats()
-            layer.momentum = None  # the mean over all batches
-    netG.train()
-    generate(netG, z, labels)
-    netG.eval()
+        fail(f"--device {name}: {str(e).splitlines()[0]}")
 
 class Run:
     """What surrounds the method: processes, data, log, pictures, checkpoints."""
@@ -973,404 +663,295 @@ class Run:
     def __init__(self, args, labelled=False):
         """labelled: train only on images that have a class."""
         self.args = args
-        self.labelled = labelled
-        self.start_processes()  # sets rank, local_rank, world, device
-        self.set_precision()  # autocast, memory_format
-        self.load_images(labelled)  # images, labels, classes, batch, epoch_size
         self.step = self.seen = 0  # seen: images, by all processes
-        self.signum = 0
-        self.to_log = {}
-        self.order = None
-        torch.manual_seed(args.seed)
-
-    @property
-    def done(self):
-        """The share of --max_steps that is done. Where MAX_EPOCHS ends a run it stays below 1."""
-        return self.step / (self.args.max_steps or self.total)
-
-    @property
-    def epoch(self):
-        """How many times the data has been seen, with a fraction."""
-        return self.seen / self.epoch_size
-
-    def start_processes(self):
-        """torchrun says which process of how many this is; on GPUs each has its own."""
-        self.rank, self.local_rank, self.world = 0, 0, 1
-        if os.environ.get("WORLD_SIZE", "1") == "1":
-            self.device = pick_device(self.args.device)
-            return
-        numbers = []
-        for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_PORT"):  # the port only for the check
-            numbers.append(os.environ.get(name, ""))
-        if "MASTER_ADDR" not in os.environ or not all(map(str.isdecimal, numbers)):
-            raise UserError("WORLD_SIZE is set, but not all that torchrun sets: use it, or unset WORLD_SIZE")
-        self.rank, self.local_rank, self.world = map(int, numbers[:3])
-        name = self.args.device
-        if name == "auto":
-            name = "cuda" if torch.cuda.is_available() else "cpu"  # gloo cannot exchange on MPS
-        if name == "cuda":
-            gpus = torch.cuda.device_count()
-            if self.local_rank >= gpus:
-                raise UserError(f"--nproc_per_node: there are {gpus} GPUs; start fewer, or --device cpu")
-            torch.cuda.set_device(self.local_rank)
-        self.device = pick_device(name)
-        backend = "nccl" if self.device.type == "cuda" else "gloo"
-        hours = datetime.timedelta(hours=6)  # for which one may decode, and the others wait
-        dist.init_process_group(backend, timeout=hours)
-
-    def set_precision(self):
-        """bf16 where it is fast, TF32 on GPUs, and the order of dimensions in memory."""
-        args, kind = self.args, self.device.type
+        self.signum = 0  # the signal that ends the run
+        self.device = pick_device(args.device)
+        kind = self.device.type
+        if kind == "cuda":
+            torch.cuda.set_device(self.device)
+        if WORLD_SIZE > 1:
+            dist.init_process_group("nccl" if kind == "cuda" else "gloo")
+        fast = kind == "cpu" and torch.cpu.get_capabilities().get("avx512_bf16", False)
         if kind == "cuda":
             fast = torch.cuda.is_bf16_supported(including_emulation=False)
-        else:
-            fast = kind == "cpu" and torch.cpu.get_capabilities().get("avx512_bf16", False)
-        bf16 = fast if args.precision == "auto" else args.precision == "bf16"
+        bf16 = args.precision == "bf16" or (args.precision == "auto" and fast)
         self.autocast = functools.partial(torch.autocast, kind, torch.bfloat16, enabled=bf16)
         self.memory_format = torch.channels_last
-        if kind == "mps":
-            self.memory_format = torch.contiguous_format  # pytorch#175189
-            if args.compile or self.world > 1:
-                raise UserError("--device mps: without --compile, and in one process")
-            say("MPS is untested here, and has known faults before PyTorch 2.14; --device cpu is safe")
+        if kind == "mps":  # its gradients are wrong for channels_last: pytorch#175189
+            self.memory_format = torch.contiguous_format
         torch.backends.cudnn.benchmark = True
-        torch.set_float32_matmul_precision("high")  # TF32, which convolutions have by default
+        torch.set_float32_matmul_precision("high")  # TF32 for nn.Linear, as convolutions have it
 
-    def load_images(self, labelled):
-        """One process of a machine decodes, the others find its cache. On the GPU if they fit."""
-        if self.local_rank > 0:
-            dist.barrier()  # until the other barrier
-        images, labels, self.classes = load_data(self.args, labelled)
-        if self.local_rank == 0 and self.world > 1:
-            dist.barrier()
-        self.batch = self.args.batch_size * self.world  # of all processes together
-        if self.batch > len(images):
-            said = f"a step takes {self.batch} images, there are {len(images)}"
-            fits = len(images) // self.world
-            way_out = f"give --batch_size {fits} or less" if fits > 1 else "give more images"
-            raise UserError(f"--batch_size: {said}; {way_out}")
-        self.epoch_size = len(images) // self.batch * self.batch  # the rest fills no batch
-        self.images, self.labels = torch.from_numpy(images), torch.from_numpy(labels)
-        if self.device.type != "cuda":
-            return
-        free, _ = torch.cuda.mem_get_info(self.device)
-        if images.nbytes < free / 2:
-            on_gpu = torch.empty(images.shape, dtype=torch.uint8, device=self.device)
-            for i in range(0, len(images), 4096):  # all at once would be copied in host memory, too
-                on_gpu[i:i + 4096] = self.images[i:i + 4096]
-            self.images, self.labels = on_gpu, self.labels.to(self.device)
+        self.images, self.labels, self.classes = load_data(args, labelled)
+        n = self.agree(len(self.images), dist.ReduceOp.MIN)  # processes may differ by one
+        if n < args.batch_size:
+            fail(f"--batch_size {args.batch_size}: more than the {n} images of a process")
+        self.batch = args.batch_size * WORLD_SIZE  # of all processes together
+        self.epoch_size = n // args.batch_size * self.batch  # the rest fills no batch
+        if kind == "cuda" and self.images.nbytes < torch.cuda.mem_get_info()[0] / 2:
+            self.images, self.labels = self.images.to(self.device), self.labels.to(self.device)
+        torch.manual_seed(args.seed)  # for the nets that train() makes next
+        torch.empty(2**25 - 2**16, dtype=torch.uint8)  # freed at once: glibc then keeps large blocks
+
+    def agree(self, number, operation):
+        """The least or the greatest of the processes' numbers: dist.ReduceOp.MIN or MAX."""
+        if WORLD_SIZE == 1:
+            return number
+        number = torch.tensor(number, device=self.device)
+        dist.all_reduce(number, operation)
+        return int(number)
 
     def parallel(self, net):
         """net, compiled with --compile; under torchrun one that averages gradients."""
         if self.args.compile:
             net.compile(dynamic=False)  # in place: names stay, and forward() is as it was
-        if self.world > 1:
+        if WORLD_SIZE > 1:
             net = DistributedDataParallel(net)
             # As an argument it warns. A broadcast between netD's two passes spoils the backward.
             net.broadcast_buffers = False
         return net
 
-    def steps(self, *, netG_ema, **state):
+    def steps(self, **state):
         """Yields (step, real (N, nc, H, W) in [-1, 1], labels (N)) until the run is done.
-        netG_ema: what is sampled. state: what else checkpoints keep by name and --resume restores."""
-        self.state = {"netG_ema": netG_ema, **state}
-        if self.args.resume:
+        state: what checkpoints keep by name and --resume restores. netG_ema is what is sampled."""
+        args, self.state = self.args, state
+        if args.resume is not None:
             self.restore()
         self.plan()
-        self.check_generator()
-        bar = tqdm(total=self.total, initial=self.step, unit="step", disable=self.rank > 0)
-        with self.claim_folder(), self.heed_signals(), bar as self.bar:
-            if self.rank == 0:
-                self.begin()
-            self.logged, self.log_time = self.step, time.perf_counter()
-            stop = 0
-            while self.step < self.total and not stop:
-                yield self.step, *self.next_batch()
-                stop = self.after_step()
-            if self.rank == 0 and self.step == self.total:
-                self.save_gif()
-        finished = self.step == self.total
-        if self.rank == 0 and finished:
-            print(f"done: {self.out_dir}; more pictures: {self.command('--sample')}")
-        elif self.rank == 0 and stop != SIGHUP:  # after which there is no terminal to print to
-            print(f"stopped at step {self.step}; go on with: {self.command('--resume')}")
-        if not finished:
-            sys.exit(128 + stop)
-
-    def after_step(self):
-        """Counts, logs and saves. Returns the signal that ends the run, or 0."""
-        self.step += 1
-        self.seen += self.batch
-        self.bar.update()
-        stop = self.agreed_signal()
-        every = self.args.keep_every
-        keep = bool(every) and self.seen % (every * self.epoch_size) == 0
-        save = keep or stop or self.step == self.total or self.step % self.interval == 0
-        if save or self.step % self.args.log_interval == 0:
-            self.write_log()
-        if save and self.rank == 0:
-            self.save(keep)
-            self.draw()
-        return stop
-
-    def command(self, flag):
-        """What to type to go on with this run, or to sample from it."""
-        return f"python {SCRIPT}.py {flag} {shlex.quote(str(self.out_dir))}"
+        self.begin()
+        stop = 0
+        while self.step < self.total and not stop:
+            self.done = self.step / (args.max_steps or self.total)  # few images end a run below 1
+            self.epoch = self.seen / self.epoch_size  # with a fraction
+            yield self.step, *self.next_batch()
+            self.step += 1
+            self.seen += self.batch
+            self.bar.update()
+            if WORLD_SIZE == 1 or self.step % 10 == 0:  # asking the other processes takes time
+                stop = self.agree(self.signum, dist.ReduceOp.MAX)
+            keep = bool(args.keep_every) and self.seen % (args.keep_every * self.epoch_size) == 0
+            save = keep or stop or self.step == self.total or self.step % self.interval == 0
+            if save or self.step % args.log_interval == 0:
+                self.write_log()
+            if save and RANK == 0:
+                self.save(*self.pack(), keep)
+        self.end(stop)
 
     def restore(self):
-        """Takes everything in self.state from the checkpoint of --resume."""
-        path = self.args.resume
+        """Takes step and state from the checkpoint of --resume."""
+        path, args = checkpoint_in(self.args.resume), vars(self.args)
         ckpt = load_checkpoint(path)
-        # Only to a net that takes labels does it matter which class has which number.
         if "n_classes" in ckpt["config"] and ckpt["classes"] != self.classes:
-            raise UserError(f"--resume: {path} has the classes {', '.join(ckpt['classes'])}; "
-                            f"--dataset {self.args.dataset} has {', '.join(self.classes)}")
-        for name, part in self.state.items():
-            load_state(part, ckpt.get(name, {}), path)
+            fail(f"--resume: {path} has the classes {', '.join(ckpt['classes'])}; "
+                 f"--dataset {args['dataset']} has {', '.join(self.classes)}")
+        try:
+            for name, part in self.state.items():
+                saved = ckpt[name]
+                if isinstance(part, torch.optim.Optimizer):  # its moments; options are today's
+                    groups = part.state_dict()["param_groups"]
+                    if ("betas" in groups[0]) != ("betas" in saved["param_groups"][0]):
+                        raise ValueError("Adam is not RMSprop")
+                    saved = saved | {"param_groups": groups}
+                part.load_state_dict(saved)
+        except (KeyError, RuntimeError, ValueError):
+            changed = [f"--{name} {args[name]} (it was {old})" for name, old in ckpt["args"].items()
+                       if name in args.keys() - {"resume", "out_dir"} and args[name] != old]
+            if not changed:  # then somebody edited the nets
+                raise
+            fail(f"--resume: nets and optimizers cannot change; take back {', '.join(changed)}")
         self.step = ckpt["step"]
         self.seen = ckpt["seen"] // self.batch * self.batch  # --batch_size may be another now
 
     def plan(self):
         """How long the run is, how often it saves, and what its grids show."""
         args = self.args
-        self.total = args.max_steps or sys.maxsize
+        lengths = []
+        if args.max_steps:
+            lengths.append(args.max_steps)
         if args.epochs:
-            left = (args.epochs * self.epoch_size - self.seen) // self.batch
-            self.total = min(self.total, self.step + left)
-        if args.epochs and args.max_steps:  # the default; a length that is given unsets the other
-            self.total = min(self.total, int(args.epochs * math.sqrt(self.epoch_size)))
+            lengths.append(self.step + (args.epochs * self.epoch_size - self.seen) // self.batch)
+        if args.max_steps and args.epochs:  # none was typed
+            # netD knows few images by heart after a while, and pictures get worse again: of n images
+            # after 250 passes or 250 * sqrt(n) steps, whichever is sooner.
+            lengths.append(int(args.epochs * math.sqrt(self.epoch_size)))
+        self.total = min(lengths)
         if self.step >= self.total:
-            done = f"{args.resume} has done its {self.step} steps"
-            raise UserError(f"--resume: {done}; give more --max_steps or --epochs")
+            fail(f"--resume: its {self.step} steps are done; give more --max_steps or --epochs")
         self.interval = args.save_interval or max(100, self.total // 50)
         n_classes = self.state["netG_ema"].config.get("n_classes", 0)
-        # The first of these are for grids, all of them for measure_batchnorm.
-        self.inputs = latents(args.seed, 0, 512, args.nz), np.arange(512) % max(1, n_classes)
-        self.columns, self.n_grid = 8, 64
+        self.columns = n_classes or 8
+        n = min(10 * n_classes, 500) or 64
+        self.inputs = [latents(args.seed, n, args.nz)]
         if n_classes:
-            self.columns, self.n_grid = min(n_classes, 100), min(10 * n_classes, 512)
-
-    def check_generator(self):
-        """Fails before the first step where pictures or checkpoints could not be made, or read."""
-        args, netG = self.args, self.state["netG_ema"]
-        if netG.training:
-            raise ValueError("netG_ema has to be a copy of netG: copy.deepcopy(netG).eval()")
-        if "n_classes" in netG.config and self.labels.min() < 0:
-            raise ValueError("netG takes labels, and images have none: Run(args, labelled=True)")
-        for name in ("nz", "nc", "img_size"):
-            if netG.config[name] != getattr(args, name):
-                raise ValueError(f"netG.config has {name} {netG.config[name]}, not --{name}")
-        z, labels = self.inputs
-        shape = generate(netG, z[:1], labels[:1]).shape
-        wanted = (1, args.img_size, args.img_size, args.nc)
-        if shape != wanted:
-            raise ValueError(f"netG makes pictures of shape {shape}, the images have {wanted}")
-        if self.labelled and "n_classes" not in netG.config:
-            raise ValueError("netG.config has no n_classes: only class 0 would be drawn")
-        ckpt = torch.load(io.BytesIO(self.pack()), weights_only=True)  # fails for other than plain values
-        try:
-            Generator(**ckpt["config"]).load_state_dict(ckpt["netG_ema"])  # as --sample will
-        except (RuntimeError, TypeError) as e:
-            raise ValueError(f"Generator(**netG.config) is not netG: {e}") from e
-
-    @contextlib.contextmanager
-    def claim_folder(self):
-        """A folder for this process alone. A new run takes the next free name: -2, -3, ..."""
-        args = self.args
-        if self.rank > 0:  # the first process writes
-            yield
-            return
-        name = Path(args.out_dir or f"runs/{SCRIPT}-{Path(args.dataset).resolve().stem}")
-        own = (name / "checkpoint.pt").resolve()  # from a numbered one on it is another run
-        goes_on = args.resume and Path(args.resume).resolve() == own
-        if name.name in ("", ".."):
-            raise UserError(f"--out_dir {name}: give a folder's name")
-        self.out_dir = name
-        for number in itertools.count(2):
-            self.out_dir.mkdir(parents=True, exist_ok=True)
-            lock = FileLock(self.out_dir / ".lock", timeout=0)
-            empty = set(os.listdir(self.out_dir)) <= {".lock"}
-            try:
-                if goes_on or empty:
-                    lock.acquire()
-                    break
-            except Timeout:  # another process has this folder
-                if goes_on:
-                    said = f"another process is training in {name}; name another run"
-                    raise UserError(f"--resume: {said}") from None
-            self.out_dir = name.with_name(f"{name.name}-{number}")
-        try:
-            yield
-        finally:
-            lock.release()
-
-    @contextlib.contextmanager
-    def heed_signals(self):
-        """Inside, SIGINT, SIGTERM and (but for nohup) SIGHUP end the run after its step."""
-        def note(signum, frame):
-            self.signum = signum
-
-        wanted = [signal.SIGINT, signal.SIGTERM]
-        if SIGHUP and signal.getsignal(SIGHUP) != signal.SIG_IGN:
-            wanted.append(SIGHUP)
-        before = {}
-        if threading.current_thread() is threading.main_thread():  # only it may set handlers
-            before = {signum: signal.signal(signum, note) for signum in wanted}
-        try:
-            yield
-        finally:
-            for signum, handler in before.items():
-                signal.signal(signum, handler)
+            self.inputs.append(np.arange(n) % n_classes)
 
     def begin(self):
-        """Prints the plan; draws real images, and what netG makes so far."""
+        """Saves the state before the first step: what an edit has made impossible shows here."""
+        signal.signal(signal.SIGINT, self.note_signal)
+        signal.signal(signal.SIGTERM, self.note_signal)
+        if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # nohup
+            signal.signal(signal.SIGHUP, self.note_signal)
+        if RANK == 0:
+            packed, pictures = self.pack()
+            self.take_folder()
+            self.save(packed, pictures)
+        self.bar = tqdm(total=self.total, initial=self.step, unit="step", disable=RANK > 0)
+        self.to_log, self.logged, self.log_time = {}, self.step, time.perf_counter()
+
+    def note_signal(self, signum, frame):
+        """Ends the run after its step. The same signal again ends it at once."""
+        self.signum = signum
+        signal.signal(signum, signal.default_int_handler)  # which raises KeyboardInterrupt
+
+    def take_folder(self):
+        """Sets out_dir: that of --resume; or a new one, which belongs to who makes samples/ in it."""
         args = self.args
-        some = np.random.default_rng(args.seed).permutation(len(self.images))[:64]
-        save_grid(self.out_dir / "samples" / "real.png", self.images[some].cpu().numpy(), 8)
-        before = min(self.total, vars(args).get("pretrain_d", 0))  # a flag that some scripts have
-        g_steps = self.total // args.d_steps - before // args.d_steps  # one at each multiple of d_steps
-        length = f"{self.total} steps"
-        if g_steps != self.total:
-            length = f"{self.total} netD steps, {g_steps} netG steps"
-        if g_steps == 0:
-            say("warning: in so few steps netG takes none: more --max_steps")
-        images = f"{len(self.images)} images {args.img_size}x{args.img_size}x{args.nc}"
-        names = ", ".join(self.classes[:10]) + ", ..." * (len(self.classes) > 10)
-        print(f"{images}; {len(self.classes)} classes: {names or 'none'}")
-        print(f"{self.world} x {self.device}; {length} -> {self.out_dir}", flush=True)
+        name = str(Path(args.out_dir or f"runs/{METHOD}-{Path(args.dataset).resolve().name}"))
+        # From a numbered checkpoint on, or into another folder, it is another run.
+        goes_on = args.resume is not None and checkpoint_in(args.resume) == Path(name, "checkpoint.pt")
+        for suffix in ("", *(f"-{k}" for k in range(2, 1000))):
+            self.out_dir = Path(name + suffix)
+            try:
+                (self.out_dir / "samples").mkdir(parents=True, exist_ok=goes_on)
+                break
+            except FileExistsError:  # another run's
+                continue
+        else:
+            fail(f"--out_dir {name}: there are runs up to {self.out_dir}")
+        log = self.out_dir / "log.jsonl"
+        if log.exists():  # a kill may have come long after the last save
+            rows = [row for row in log.read_text().splitlines() if row.endswith("}")]
+            rows = [row + "\n" for row in rows if json.loads(row)["step"] <= self.step]
+            with new_file(log) as f:
+                f.write("".join(rows).encode())
         if args.tensorboard:
             from torch.utils.tensorboard import SummaryWriter
-            self.writer = SummaryWriter(self.out_dir)
-        self.draw()
+            self.writer = SummaryWriter(self.out_dir, purge_step=self.step + 1)
+        some = np.random.default_rng(args.seed).permutation(len(self.images))[:64]
+        save_grid(self.out_dir / "samples" / "real.png", self.images[some].cpu().numpy(), 8)
+        print(f"{len(self.images)} images {args.img_size}x{args.img_size}x{args.nc}, "
+              f"{len(self.classes)} classes: {', '.join(self.classes[:10]) or 'none'}\n"
+              f"{WORLD_SIZE} x {self.device}, {self.total} steps -> {self.out_dir}", flush=True)
 
     def next_batch(self):
         """The order comes from (seed, epoch), all other randomness from (seed, step, rank): a resume
         needs no random state."""
         args, device = self.args, self.device
         epoch, start = divmod(self.seen, self.epoch_size)
-        if start == 0 or self.order is None:
+        if start == 0 or not hasattr(self, "order"):
             order = np.random.default_rng((args.seed, epoch)).permutation(len(self.images))
             self.order = torch.from_numpy(order).to(self.images.device)
-        seed = int(np.random.SeedSequence((args.seed, self.step, self.rank)).generate_state(1)[0])
-        cuda = device.type == "cuda"
-        if cuda:  # not torch.manual_seed, which seeds all devices: 6 % of gan.py's step
-            torch.cuda.default_generators[device.index].manual_seed(seed)
-        elif device.type == "cpu":
-            torch.default_generator.manual_seed(seed)
-        else:
-            torch.manual_seed(seed)
-        index = self.order[start + self.rank:start + self.batch:self.world]  # each process its own
+        seed = np.random.SeedSequence((args.seed, self.step, RANK)).generate_state(1)[0]
+        # Not torch.manual_seed, which seeds all devices and takes 6 % of gan.py's step.
+        here = torch.default_generator if device.type == "cpu" else torch.get_device_module(device)
+        here.manual_seed(int(seed))
+        index = self.order[start // WORLD_SIZE:][:args.batch_size]
         real, labels = self.images[index], self.labels[index]
-        if cuda and not real.is_cuda:  # pinned, so that nobody waits until the GPU takes them
-            real, labels = real.pin_memory(), labels.pin_memory()
-        real, labels = real.to(device, non_blocking=cuda), labels.to(device, non_blocking=cuda)
-        real = real.permute(0, 3, 1, 2).float().sub_(127.5).div_(127.5)
-        if device.type == "mps":
-            real = real.clone(memory_format=torch.contiguous_format)  # pytorch#175189
+        real = real.to(device).permute(0, 3, 1, 2).float().sub_(127.5).div_(127.5)
         if args.hflip:
             flip = torch.rand(len(real), 1, 1, 1, device=device) < 0.5
             real = torch.where(flip, real.flip(3), real)
-        return real, labels
+        return real.contiguous(memory_format=self.memory_format), labels.to(device)
 
     def log(self, values):
-        """{name: tensor}: means go to the next line of the log. Nobody waits for the GPU here."""
+        """{name: tensor}: means go to the next row of the log. Nobody waits for the GPU here."""
         for name, value in values.items():
             self.to_log.setdefault(name, []).append(value.detach())
 
     def write_log(self):
-        """A line of log.jsonl, the bar and TensorBoard."""
-        row = {}
-        for name, values in self.to_log.items():
-            row[name] = torch.stack(values).float().mean().item()
-        self.check_finite(row)
+        """A row of log.jsonl, the bar and TensorBoard. Ends a run that is not finite any more."""
+        row = {name: torch.stack(some).float().mean().item() for name, some in self.to_log.items()}
+        nets = [part for part in self.state.values() if isinstance(part, nn.Module)]
+        norm = nn.utils.get_total_norm([w for net in nets for w in net.parameters()]).item()
+        if not all(map(math.isfinite, (norm, *row.values()))):
+            fail(f"losses or weights are not finite at step {self.step}, and not saved; try lower "
+                 "--lr_g and --lr_d, more --gp_weight or --precision fp32")
         now = time.perf_counter()
         row["images/s"] = (self.step - self.logged) * self.batch / (now - self.log_time)
         self.to_log, self.logged, self.log_time = {}, self.step, now
         self.bar.set_postfix(row)
-        if self.rank > 0:
-            return
-        place = {"step": self.step, "epoch": self.epoch, "time": time.time()}
-        with open(self.out_dir / "log.jsonl", "a") as f:
-            f.write(json.dumps(place | row) + "\n")
-        if self.args.tensorboard:
+        if RANK == 0:
+            place = {"step": self.step, "epoch": self.seen / self.epoch_size, "time": time.time()}
+            with open(self.out_dir / "log.jsonl", "a") as f:
+                f.write(json.dumps(place | row) + "\n")
+        if RANK == 0 and self.args.tensorboard:
             for name, value in row.items():
                 self.writer.add_scalar(name, value, self.step)
 
-    def check_finite(self, row):
-        """Stops the run where losses or weights are not finite, so that none are saved."""
-        nets = [part for part in self.state.values() if isinstance(part, nn.Module)]
-        norm = nn.utils.get_total_norm([w for net in nets for w in net.parameters()]).item()
-        if not all(math.isfinite(value) for value in (norm, *row.values())):
-            said = f"losses or weights are not finite at step {self.step}, and not saved"
-            raise FloatingPointError(f"{said}; try a lower --lr, more --gp_weight or --precision fp32")
-
-    def save(self, keep):
-        """A checkpoint; keep: a numbered one too."""
-        measure_batchnorm(self.state["netG_ema"], *self.inputs)
-        names = ["checkpoint.pt"]
-        if keep:
-            names.append(f"checkpoint_epoch_{int(self.epoch):04d}.pt")
-        packed = self.pack()
-        for name in names:
-            with atomic_write(self.out_dir / name) as f:
-                f.write(packed)
-
     def pack(self):
-        """The bytes of a checkpoint."""
+        """A checkpoint's bytes, and a grid's pictures, drawn from them as --sample would."""
         ckpt = {name: part.state_dict() for name, part in self.state.items()}
-        ckpt |= {"script": METHOD, "args": vars(self.args), "config": self.state["netG_ema"].config}
-        ckpt |= {"classes": self.classes, "step": self.step, "total": self.total}
-        ckpt |= {"seen": self.seen, "time": time.time()}
-        buffer = io.BytesIO()  # torch.save into a file does not say that the disk is full
-        torch.save(ckpt, buffer)
-        return buffer.getbuffer()
+        ckpt |= {"script": METHOD, "args": vars(self.args), "config": self.state["netG_ema"].config,
+                 "classes": self.classes, "step": self.step, "seen": self.seen}
+        packed = io.BytesIO()  # torch.save into a file would not say that the disk is full
+        torch.save(ckpt, packed)
+        packed.seek(0)
+        netG = load_generator(torch.load(packed, map_location="cpu", weights_only=True))
+        return packed.getbuffer(), generate(netG.to(self.device), *self.inputs)
 
-    def draw(self):
-        """A grid of netG_ema's pictures, of the same latents all the time."""
-        z, labels = self.inputs
-        images = generate(self.state["netG_ema"], z[:self.n_grid], labels[:self.n_grid])
-        save_grid(self.out_dir / "samples" / f"step_{self.step:08d}.png", images, self.columns)
+    def save(self, packed, pictures, keep=False):
+        """Writes what pack() made; with `keep` a numbered checkpoint, too."""
+        numbered = f"checkpoint_epoch_{self.seen // self.epoch_size:04d}.pt"
+        for name in ["checkpoint.pt", numbered] if keep else ["checkpoint.pt"]:
+            with new_file(self.out_dir / name) as f:
+                f.write(packed)
+        save_grid(self.out_dir / "samples" / f"step_{self.step:08d}.png", pictures, self.columns)
         if self.args.tensorboard:
-            self.writer.add_images("samples", images, self.step, dataformats="NHWC")
+            self.writer.add_images("samples", pictures, self.step, dataformats="NHWC")
             self.writer.flush()
 
-    def agreed_signal(self):
-        """The signal that all processes know of, or 0: in every tenth step, for asking takes time."""
-        if self.world == 1:
-            return self.signum
-        if self.step % 10:
-            return 0
-        signum = torch.tensor(self.signum, device=self.device)
-        dist.all_reduce(signum, dist.ReduceOp.MAX)
-        return int(signum)
-
-    def save_gif(self):
-        """samples.gif: how the grids came about, in at most 100 frames."""
-        files = sorted((self.out_dir / "samples").glob("step_*.png"))
-        every = len(files) // 99 + 1
-        frames = [Image.open(file).convert("RGB") for file in files[:-1:every] + files[-1:]]
-        times = [200] * (len(frames) - 1) + [1000]
-        with atomic_write(self.out_dir / "samples.gif") as f:
-            frames[0].save(f, "gif", save_all=True, append_images=frames[1:], loop=0, duration=times)
-
-def main():
-    """One line and exit code 1 for what the user can mend. All else keeps its traceback."""
-    memory = MemoryError, torch.OutOfMemoryError
-    for stream in filter(None, (sys.stdout, sys.stderr)):  # None: closed by who started us
-        stream.reconfigure(errors="backslashreplace")  # for names that a terminal cannot show
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # or temporary files would stay
-    try:
-        args = get_args()
-        if args.sample is not None:
-            sample(args)
-        else:
-            train(args)
-    except (UserError, OSError, FloatingPointError, KeyboardInterrupt, *memory) as e:
-        sys.exit(f"{SCRIPT}.py: error: {' '.join(str(e).split()) or type(e).__name__}")
-    finally:
-        if dist.is_initialized():
+    def end(self, stop):
+        """Says how to go on. After a signal the program ends, with its exit code."""
+        self.bar.close()
+        finished = self.step == self.total
+        if RANK == 0 and finished:
+            files = sorted((self.out_dir / "samples").glob("step_*.png"))
+            files = files[::-1][::len(files) // 100 + 1][::-1]  # the last one always
+            first, *others = [Image.open(file).convert("RGB") for file in files]
+            with new_file(self.out_dir / "samples.gif") as f:  # how the grids came about
+                first.save(f, "gif", save_all=True, append_images=others, loop=0, duration=200)
+        if RANK == 0:
+            if self.args.tensorboard:
+                self.writer.close()
+            flag = "--sample" if finished else "--resume"
+            command = shlex.join(["python", sys.argv[0], flag, str(self.out_dir)])
+            print(f"{self.step} of {self.total} steps are done; go on with: {command}", flush=True)
+        if WORLD_SIZE > 1:
             dist.destroy_process_group()
             gc.collect()  # gloo's threads must end first, or one exit in ten aborts
+        if not finished:
+            sys.exit(128 + stop)
 
-if __name__ == "__main__" and "__file__" in globals():  # a notebook has no command line
+# ----------------------------------------------------------------------------------------- program
+
+def keep_going(stream):
+    """stdout or stderr, for a run goes on where nobody reads it: after Ctrl-C in `| tee`, say."""
+    stream = stream or open(os.devnull, "w")  # noqa: SIM115  None: closed by who started us
+    stream.reconfigure(errors="backslashreplace")  # for names that a terminal cannot show
+    write = stream.write
+
+    def write_or_not(text):
+        try:
+            write(text)
+            stream.flush()
+        except OSError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+
+    stream.write = write_or_not
+    return stream
+
+def main():
+    """The command line. One line for what the user can mend, as a full disk; a bug has its traceback."""
+    sys.stdout, sys.stderr = keep_going(sys.stdout), keep_going(sys.stderr)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # or unfinished files would stay
+    try:
+        args = get_args()
+        if args.sample is None:
+            train(args)
+        else:
+            sample(args)
+    except (OSError, MemoryError, torch.OutOfMemoryError, KeyboardInterrupt) as e:
+        fail(str(e) or type(e).__name__)
+
+if __name__ == "__main__":
     main()

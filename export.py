@@ -1,8 +1,7 @@
 """A trained generator as one ONNX file that explains itself.
 
-Takes the checkpoints of gan.py, dcgan.py and acgan.py, and other people's DCGAN state dicts. BatchNorm is
-folded into the convolutions, the file carries its sizes, classes and origin as metadata, and nothing is
-written that does not give PyTorch's pictures.
+Takes the checkpoints of gan.py, dcgan.py and acgan.py, and the weights of other people's DCGANs. The file
+carries its sizes, classes and origin, and none is written that does not give PyTorch's pictures.
 
     python export.py runs/dcgan-digits                                # float32, runs everywhere
     python export.py runs/dcgan-digits --precision int8 --uint8       # for CPUs: small and fast
@@ -16,15 +15,13 @@ Input z (N, nz) float32 ~ N(0, 1), for acgan also labels (N) int64. Output image
 import argparse
 import contextlib
 import copy
-import functools
 import hashlib
-import itertools
+import io
 import json
 import logging
 import math
 import os
 import shlex
-import signal
 import sys
 import tempfile
 import warnings
@@ -32,87 +29,118 @@ from pathlib import Path, PureWindowsPath
 
 import numpy as np
 import onnx
-import onnxruntime as ort
 import torch
-from onnx import TensorProto, helper, numpy_helper
+import torch.nn.functional as F
+from onnx import helper
 from torch import nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval, fuse_linear_bn_eval
 
 import acgan
 import dcgan
 import gan
+import infer_ort
+from infer_ort import InputError
 
 SCRIPTS = {"gan": gan, "dcgan": dcgan, "acgan": acgan}
-# From PyTorch's pictures: the greatest difference, in [-1, 1], and the least PSNR in dB.
-TOLERANCE = {"fp32": (1e-4, 0), "fp16": (math.inf, 40), "int8": (math.inf, 35)}
-# What the user can mend: main() makes one line of it. All else keeps its traceback.
-MENDABLE = (OSError, MemoryError, KeyboardInterrupt, *(script.UserError for script in SCRIPTS.values()))
-
-def number(kind, low, high, text):
-    """argparse type, by functools.partial: an int or a float (kind) from low to high."""
-    try:
-        value = kind(text)
-    except ValueError:
-        value = math.nan
-    if not low <= value <= high:  # nor NaN
-        raise argparse.ArgumentTypeError(f"{text} is not a number from {low} to {high}")
-    return value
-
-def make_parser():
-    layout = argparse.RawDescriptionHelpFormatter
-    p = argparse.ArgumentParser("export.py", description=__doc__, allow_abbrev=False, formatter_class=layout)
-    integer = functools.partial(functools.partial, number, int)
-    newest = onnx.defs.onnx_opset_version()
-    add = p.add_argument
-    add("checkpoint", help="checkpoint.pt, the folder of a run, or a DCGAN generator's state dict")
-    add("-o", "--out", metavar="MODEL.onnx", help="where to write (beside the checkpoint)")
-    add("--precision", choices=TOLERANCE, default="fp32", help="fp16: for GPUs, int8: for CPUs (fp32)")
-    add("--uint8", action="store_true", help="the graph ends in pixels, uint8 (N, H, W, nc)")
-    add("--phases", action="store_true",
-        help="convolutions in place of transposed ones: for larger batches on CPUs; always in int8")
-    add("--opset", type=integer(16, newest), default=17,
-        help="ONNX operator set; ONNX Runtime 1.15 and later load 17 (17)")
-    add("--batch_size", type=integer(1, 2**16), help="a fixed batch size (any)")
-    add("--seed", type=integer(0, 2**63 - 1), default=0, help="of int8's calibration and of the check (0)")
-    add("--no-verify", dest="verify", action="store_false", help="do not compare with PyTorch")
-    return p
+LEAST_PSNR = {"fp32": 60, "fp16": 40, "int8": 35}  # of ONNX Runtime's pictures against PyTorch's, in dB
 
 def get_args(argv=None):
-    p = make_parser()
+    p = argparse.ArgumentParser("export.py", usage="%(prog)s checkpoint [flags]", description=__doc__,
+                                allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = p.add_argument
+    add("checkpoint", help="a run's folder, a checkpoint, or somebody's DCGAN weights")
+    add("-o", "--out", metavar="MODEL.onnx", help="where to write (beside the checkpoint)")
+    add("--precision", choices=LEAST_PSNR, default="fp32", help="fp16: for GPUs, int8: for CPUs (fp32)")
+    add("--uint8", action="store_true", help="the graph ends in pixels, uint8 (N, H, W, nc)")
+    add("--opset", type=int, default=18, help="ONNX operator set, 18 or more (18)")
+    add("--no-verify", dest="verify", action="store_false", help="do not compare with PyTorch")
     args = p.parse_args(argv)
-    if args.phases and args.precision == "fp16":
-        p.error("--phases: it is for CPUs, and fp16 is for GPUs; choose fp32 or int8")
-    args.checkpoint = dcgan.last_checkpoint(args.checkpoint)
+    args.checkpoint = dcgan.checkpoint_in(args.checkpoint)
     if args.out is None:
         suffix = "" if args.precision == "fp32" else f"_{args.precision}"
-        args.out = f"{os.path.splitext(args.checkpoint)[0]}{suffix}.onnx"
-    if Path(args.out).suffix != ".onnx":  # it could be the checkpoint's own name
+        args.out = f"{args.checkpoint.with_suffix('')}{suffix}.onnx"
+    if not args.out.endswith(".onnx"):  # it could be the checkpoint's own name
         p.error(f"--out {args.out}: give a name that ends in .onnx")
+    if not 18 <= args.opset <= onnx.defs.onnx_opset_version():
+        p.error(f"--opset {args.opset}: give 18 to {onnx.defs.onnx_opset_version()}")
     return args
 
-# -------------------------------------------------------------------------------------------- model
+# ------------------------------------------------------------------------------------- checkpoint
 
 def load(path):
-    """(script's module, netG in eval mode, names of its classes, what the file says of the run)."""
-    ckpt = dcgan.load_checkpoint(path, [*SCRIPTS, None])
-    run = ckpt if ckpt.get("script") else {"script": "dcgan"}  # somebody else's
-    script = SCRIPTS[run["script"]]
-    netG, classes = script.load_generator(path)
-    return script, netG, classes, run
+    """netG in eval mode, what the checkpoint says of its run, and its sha256. No code in it is run."""
+    data = Path(path).read_bytes()
+    try:
+        ckpt = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+    except Exception as e:  # damaged files make torch raise nearly anything
+        raise InputError(f"{path}: damaged, or more than tensors: save netG.state_dict()") from e
+    if isinstance(ckpt, dict) and ckpt.get("script") in SCRIPTS:
+        netG = SCRIPTS[ckpt["script"]].load_generator(ckpt)
+    else:
+        netG = find_generator(ckpt)
+        ckpt = {"script": "dcgan", "classes": []}
+    if netG is None:
+        raise InputError(f"{path}: no weights of a DCGAN's generator: 4x4 transposed convolutions in a row")
+    return netG, ckpt, hashlib.sha256(data).hexdigest()
 
-def fold_batchnorm(net):
-    """Each BatchNorm becomes part of the layer before it: the same function in fewer operations."""
-    for parent in list(net.modules()):
-        layers = parent._modules
-        for first, second in itertools.pairwise(list(layers)):
-            layer, norm = layers[first], layers[second]
-            if isinstance(layer, nn.ConvTranspose2d) and isinstance(norm, nn.BatchNorm2d):
-                layers[first] = fuse_conv_bn_eval(layer, norm, transpose=True)
-                layers[second] = nn.Identity()
-            elif isinstance(layer, nn.Linear) and isinstance(norm, nn.BatchNorm1d):
-                layers[first] = fuse_linear_bn_eval(layer, norm)
-                layers[second] = nn.Identity()
-    return net
+def find_generator(state, depth=4):
+    """The first Foreign in somebody's dict, or in a dict in it, under whatever names; or None."""
+    if not isinstance(state, dict) or depth == 0:
+        return None
+    layers = {}  # {name: {"weight": tensor, "bias": tensor, ...}}
+    for name, value in state.items():
+        if isinstance(value, torch.Tensor):
+            layer, _, part = str(name).rpartition(".")
+            layers.setdefault(layer, {})[part] = value
+    chains, channels = [[]], 0
+    for layer in layers.values():
+        weight = layer.get("weight", torch.zeros(0))
+        if weight.ndim == 4:  # (in, out, height, width)
+            if len(weight) != channels:  # it does not take what the one before makes: another net
+                chains.append([])
+            channels = weight.shape[1]
+        if weight.ndim == 4 or "running_mean" in layer:
+            chains[-1].append(layer)
+    for chain in chains:
+        if len(chain) > 2 and chain[-1]["weight"].shape[1:2] in ((1,), (3,)):
+            with contextlib.suppress(RuntimeError):  # of other shapes
+                return Foreign(chain)
+    for value in state.values():
+        netG = find_generator(value, depth - 1)
+        if netG is not None:
+            return netG
+    return None
+
+class Foreign(nn.Module):
+    """Somebody's DCGAN generator, of any width and depth, made from its weights: transposed convolutions,
+    the first of stride 1 and the others of stride 2, BatchNorm where it is, ReLU, and Tanh at the end."""
+
+    def __init__(self, chain):
+        super().__init__()
+        layers = []
+        for weights, following in zip(chain, [*chain[1:], None]):
+            shape = weights["weight"].shape
+            if len(shape) == 1:
+                layer = nn.BatchNorm2d(shape[0])
+            else:
+                stride, padding = (2, 1) if layers else (1, 0)
+                layer = nn.ConvTranspose2d(*shape[:2], shape[2:], stride, padding)
+                nn.init.zeros_(layer.bias)  # which may not be among the weights
+            layer.load_state_dict(weights, strict=False)
+            layers.append(layer)
+            if following is None:
+                layers.append(nn.Tanh())
+            elif following["weight"].ndim == 4:
+                layers.append(nn.ReLU(inplace=True))
+        self.main = nn.Sequential(*layers)
+        nz = len(chain[0]["weight"])
+        _, nc, img_size, _ = self.eval().main(torch.zeros(1, nz, 1, 1)).shape
+        self.config = {"nz": nz, "nc": nc, "img_size": img_size}
+
+    def forward(self, z):
+        return self.main(z.view(-1, z.shape[1], 1, 1))
+
+# ------------------------------------------------------------------------------------------ graph
 
 class Exported(nn.Module):
     """netG with the file's inputs and outputs: float32 outside, pixels at the end if `uint8`."""
@@ -120,384 +148,192 @@ class Exported(nn.Module):
     def __init__(self, netG, half, uint8):
         super().__init__()
         self.netG = netG.half() if half else netG
-        self.half_inside = half
-        self.uint8 = uint8
+        self.half, self.uint8 = half, uint8
 
     def forward(self, z, labels=None):
-        if self.half_inside:
-            z = z.half()
+        if self.half:
+            z = z.to(torch.float16)
         x = self.netG(z) if labels is None else self.netG(z, labels)
         x = x.float()
-        if self.uint8:  # as to_uint8 in the three scripts
+        if self.uint8:  # as in generate() of the three scripts
             x = (x * 127.5 + 128).clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1)
         return x
 
-def draw(script, netG, seed, start, n):
-    """netG's inputs, by name: latents start to start + n - 1 of a seed, perhaps labels, in turn."""
-    inputs = {"z": script.latents(seed, start, n, netG.config["nz"])}
-    if "n_classes" in netG.config:
-        inputs["labels"] = np.arange(start, start + n) % netG.config["n_classes"]
-    return inputs
-
-def to_onnx(net, inputs, batch_size, opset):
-    """onnx.ModelProto of `net`, through torch.export. inputs: at least two examples, by name."""
-    n = batch_size or 2  # a batch of 1 would be taken for a constant
-    example = {name: torch.from_numpy(array[:n]) for name, array in inputs.items()}
-    dynamic = None
-    if batch_size is None:
-        dynamic = {name: {0: torch.export.Dim("N")} for name in example}
-    with warnings.catch_warnings(), contextlib.redirect_stdout(None):
-        warnings.simplefilter("ignore")
+def to_onnx(net, inputs, opset):
+    """onnx.ModelProto of `net`, for any N, with BatchNorm folded (by torch.onnx)."""
+    example = {name: torch.from_numpy(x) for name, x in inputs.items()}
+    with warnings.catch_warnings(action="ignore"), contextlib.redirect_stdout(None):
         program = torch.onnx.export(
-            net, (), kwargs=example, dynamo=True, dynamic_shapes=dynamic, opset_version=opset,
-            input_names=list(example), output_names=["images"], verbose=False)
+            net, (), kwargs=example, dynamo=True, opset_version=opset, verbose=False,
+            dynamic_shapes={name: {0: torch.export.Dim("N")} for name in example},
+            input_names=list(example), output_names=["images"])
     model = program.model_proto
-    written = model.opset_import[0].version
-    if written != opset:
-        raise dcgan.UserError(f"--opset {opset}: torch.onnx {torch.__version__} gives {written}; choose that")
-    try:
-        plain = reshape_plainly(copy.deepcopy(model))
-        onnx.checker.check_model(plain)
-    except onnx.checker.ValidationError:  # a netG of somebody's own, which does more with z
-        return model
-    return plain
-
-# -------------------------------------------------------------------------------------------- graph
-
-def constant(model, name, value):
-    """Adds a tensor to the file, and returns its name."""
-    model.graph.initializer.append(numpy_helper.from_array(np.ascontiguousarray(value), name))
-    return name
-
-def replace_nodes(model, nodes):
-    """Gives a model these nodes, and drops the tensors that no node uses any more."""
-    graph = model.graph
-    used = {name for node in nodes for name in node.input}
-    kept = [tensor for tensor in graph.initializer if tensor.name in used]
-    del graph.node[:], graph.initializer[:], graph.value_info[:]
-    graph.node.extend(nodes)
-    graph.initializer.extend(kept)
-
-def reshape_plainly(model):
-    """The same function, with one Reshape from (N, nz) to (N, nz, 1, 1) and one of embeddings.
-
-    OpenCV 4 reads no Unsqueeze of two axes, knows no allowzero and takes labels (N) for (N, 1).
-    """
-    sizes = {tensor.name: tensor.dims for tensor in model.graph.initializer}
-    rows = {}  # name of a tensor with axes of size 1 -> of the (N, nz) tensor that it was made of
-    nodes = []
-    for node in model.graph.node:
-        source, name = node.input[0], node.output[0]
-        if node.op_type == "Unsqueeze":
-            rows[name] = source
-        elif node.op_type == "Transpose" and source in rows:
-            rows[name] = rows[source]
-        elif node.op_type == "Reshape":
-            node.ClearField("attribute")  # allowzero
-            node.input[0] = rows.get(source, source)
-            nodes.append(node)
-        elif node.op_type == "Gather" and len(sizes.get(source, ())) == 2:  # of embeddings: (N) -> (N, nz)
-            node.output[0] = f"{name}.rows"
-            shape = constant(model, f"{name}.shape", [-1, sizes[source][1]])
-            nodes += [node, helper.make_node("Reshape", [f"{name}.rows", shape], [name])]
-        else:
-            if source in rows and node.op_type == "ConvTranspose":  # the first layer
-                shape = constant(model, f"{source}.shape", [-1, sizes[node.input[1]][0], 1, 1])
-                nodes.append(helper.make_node("Reshape", [rows[source], shape], [source]))
-            nodes.append(node)
-    replace_nodes(model, nodes)
-    return model
-
-def strip(model):
-    """Removes what tools leave in a file: stack traces, with local paths in them."""
+    if model.opset_import[0].version != opset:
+        raise InputError(f"--opset {opset}: torch {torch.__version__} has none of it; take a lower one")
     graph = model.graph
     values = (*graph.value_info, *graph.input, *graph.output, *graph.initializer)
     for part in (model, graph, *graph.node, *values):
-        del part.metadata_props[:]
+        part.ClearField("metadata_props")  # stack traces, with local paths in them
         part.ClearField("doc_string")
+    model.ir_version = helper.find_min_ir_version_for(model.opset_import)  # for old runtimes
+    return model
 
-# ------------------------------------------------------------------------------------------- phases
+# ------------------------------------------------------------------------------------------- int8
 
 class Dense(nn.Module):
-    """A transposed convolution of 1x1 pictures as a matrix product: (N, nz, 1, 1) -> (N, C, 4, 4)."""
+    """The first transposed convolution, of 1x1 pictures, as a matrix product. Its weights are int8 in the
+    file and float in memory: latents suffer most from 8 bits, and are spared them."""
 
     def __init__(self, conv):
         super().__init__()
-        pixels = math.prod(conv.kernel_size)
+        weight = conv.weight.data.flatten(1).T  # (out * 4 * 4, nz)
         self.shape = (conv.out_channels, *conv.kernel_size)
-        self.linear = nn.Linear(conv.in_channels, conv.out_channels * pixels)
-        self.linear.weight.data = conv.weight.data.flatten(1).T.contiguous()
-        self.linear.bias.data = conv.bias.data.repeat_interleave(pixels)
+        self.scale = weight.abs().amax(1, keepdim=True).clamp(min=1e-12) / 127
+        self.weight = (weight / self.scale).round().to(torch.int8)
+        self.bias = conv.bias.data.repeat_interleave(math.prod(conv.kernel_size))
 
     def forward(self, z):
-        return self.linear(z.flatten(1)).unflatten(1, self.shape)
+        weight = self.weight.float() * self.scale
+        return F.linear(z.flatten(1), weight, self.bias).unflatten(1, self.shape)
 
-def to_phases(model):
-    """Rewrites every 4x4 stride-2 transposed convolution, exactly, as four 2x2 convolutions.
+class Phases(nn.Module):
+    """ReLU of a 4x4 stride-2 transposed convolution, exactly, as four 2x2 convolutions, which int8 has.
 
-    But for the last one, which has 1 or 3 channels and little work. Returns groups, lists of names of
-    tensors: in int8 a group needs one range, for its bytes are joined. The second is after ReLU.
+    In one dimension y[2i] = x[i-1] w[3] + x[i] w[1] and y[2i+1] = x[i] w[2] + x[i+1] w[0]: so one for each
+    parity of row and column. NHWC interleaves the four by copying runs of bytes.
     """
-    weights = {tensor.name: numpy_helper.to_array(tensor) for tensor in model.graph.initializer}
-    convs = [node.output[0] for node in model.graph.node if node.op_type == "ConvTranspose"][:-1]
-    relu_after = {node.input[0]: node for node in model.graph.node if node.op_type == "Relu"}
-    nodes, groups = [], []
-    size = 4  # of the pictures that the next one takes
-    for node in model.graph.node:
-        source, name = node.input[0], node.output[0]
-        if name in convs:
-            output = relu_after[name].output[0]
-            phases, group = as_phases(model, node, weights[node.input[1]], size, output)
-            nodes += phases
-            groups.append(group)
-            size *= 2
-        elif node.op_type == "Relu" and source in convs:
-            continue  # it has become four
-        else:
-            nodes.append(node)
-            if node.op_type == "Relu":
-                groups.append([source, name])
-    replace_nodes(model, nodes)
-    return groups
 
-def as_phases(model, conv, weight, size, output):
-    """(nodes, group): `output` = ReLU(conv) of pictures size x size, by convolutions that int8 has.
+    def __init__(self, conv):
+        super().__init__()
+        taps = ([3, 1], [2, 0])
+        weight = conv.weight.data.transpose(0, 1)  # (out, in, 4, 4)
+        self.weights = {(a, b): weight[:, :, taps[a]][..., taps[b]] for a in (0, 1) for b in (0, 1)}
+        self.bias = conv.bias.data
 
-    In one dimension y[2i] = x[i-1] w[3] + x[i] w[1] and y[2i+1] = x[i] w[2] + x[i+1] w[0]: so one for
-    each parity of row and column. NHWC interleaves the four by copying runs of bytes.
-    """
-    name = conv.output[0]
-    bias = conv.input[2:]
-    channels = weight.shape[1]  # of (in, out, 4, 4)
-    taps = ([3, 1], [2, 0])
-    nodes, group, rows = [], [], []
+    def forward(self, x):
+        phases = []
+        for (a, b), weight in self.weights.items():  # the parity of the row, and of the column
+            padded = F.pad(x, (1 - b, b, 1 - a, a))
+            y = F.conv2d(padded, weight, self.bias).relu()
+            phases.append(y.permute(0, 2, 3, 1))
+        height, width = x.shape[2:]
+        channels = len(self.bias)
+        y = torch.cat(phases, 3).reshape(-1, height, width, 2, 2, channels)
+        y = y.transpose(2, 3).reshape(-1, 2 * height, 2 * width, channels)
+        return y.permute(0, 3, 1, 2)
 
-    def add(op, inputs, result, **attributes):
-        nodes.append(helper.make_node(op, inputs, [result], result, **attributes))
-        return result
+def for_int8(main):
+    """netG's layers, with BatchNorm folded, and transposed convolutions as what ONNX Runtime has in int8;
+    but for the last one, which has 1 or 3 channels and little work."""
+    layers = []
+    for layer, following in zip(main, [*main[1:], None]):
+        if isinstance(layer, nn.BatchNorm1d | nn.BatchNorm2d):
+            continue  # it is in the layer before
+        if isinstance(following, nn.BatchNorm1d):
+            layer = fuse_linear_bn_eval(layer, following)
+        if isinstance(following, nn.BatchNorm2d):
+            layer = fuse_conv_bn_eval(layer, following, transpose=True)
+        if isinstance(layer, nn.ConvTranspose2d) and not isinstance(following, nn.Tanh):
+            layer = Phases(layer) if layers else Dense(layer)
+        layers.append(layer)
+    return nn.Sequential(*layers)
 
-    def reshape(source, result, shape):
-        return add("Reshape", [source, constant(model, f"{result}.shape", shape)], result)
-
-    for a in (0, 1):  # the parity of the row
-        columns = []
-        for b in (0, 1):  # and of the column
-            phase = f"{name}.{a}{b}"
-            kernel = weight[:, :, taps[a]][:, :, :, taps[b]].transpose(1, 0, 2, 3)
-            kernel = constant(model, f"{phase}.weight", kernel)
-            pads = [1 - a, 1 - b, a, b]
-            y = add("Conv", [conv.input[0], kernel, *bias], phase, kernel_shape=[2, 2], pads=pads)
-            relu = add("Relu", [y], f"{phase}.relu")
-            group += [y, relu]
-            columns.append(add("Transpose", [relu], f"{phase}.nhwc", perm=[0, 2, 3, 1]))
-        joined = add("Concat", columns, f"{name}.{a}.columns", axis=3)
-        group.append(joined)
-        rows.append(reshape(joined, f"{name}.{a}.row", [0, size, 1, 2 * size * channels]))
-    joined = add("Concat", rows, f"{name}.rows", axis=2)
-    group.append(joined)
-    nhwc = reshape(joined, f"{name}.nhwc", [0, 2 * size, 2 * size, channels])
-    add("Transpose", [nhwc], output, perm=[0, 3, 1, 2])
-    return nodes, group
-
-# --------------------------------------------------------------------------------------------- int8
-
-def cpu_session(model):
-    """onnxruntime.InferenceSession of a path or of bytes."""
-    options = ort.SessionOptions()
-    options.log_severity_level = 4
-    try:
-        return ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
-    except Exception as e:  # ONNX Runtime has exceptions without a common name
-        raise dcgan.UserError(f"onnxruntime {ort.__version__} does not load the file, perhaps for its --opset: {e}") from e
-
-def store_first_in_int8(model):
-    """The first matrix as int8 in the file, float in memory, made when ONNX Runtime loads it.
-
-    Latents suffer most from 8 bits, so they are spared them.
-    """
-    first = next(node for node in model.graph.node if node.op_type == "Gemm")
-    weight = next(tensor for tensor in model.graph.initializer if tensor.name == first.input[1])
-    weight = numpy_helper.to_array(weight)  # (out, in)
-    scale = np.maximum(np.abs(weight).max(1, keepdims=True), 1e-12) / 127
-    name = first.output[0]
-    int8 = constant(model, f"{name}.int8", np.round(weight / scale).astype(np.int8))
-    scale = constant(model, f"{name}.scale", scale)
-    cast = helper.make_node("Cast", [int8], [f"{name}.cast"], to=TensorProto.FLOAT)
-    scaled = helper.make_node("Mul", [f"{name}.cast", scale], [f"{name}.weight"])
-    first.input[1] = f"{name}.weight"
-    replace_nodes(model, [cast, scaled, *model.graph.node])
-
-def best_range(x):
-    """The t for which x >= 0 in 255 steps from 0 to t has the least squared error."""
-    def error(top):
-        steps = np.minimum(np.round(x * (255 / top)), 255)
-        return np.square(steps * (top / 255) - x).mean()
-
-    return min(max(float(x.max()), 1e-6) * np.linspace(0.5, 1, 26), key=error)
-
-def measure_ranges(model, groups, batches):
-    """For quantize_static: one range for each group, from what its tensors after ReLU hold."""
-    names = [t for group in groups for t in group if t.endswith(".relu") or t == group[1]]
-    probe = onnx.ModelProto()
-    probe.CopyFrom(model)
-    probe.graph.output.extend(onnx.ValueInfoProto(name=name) for name in names)
-    session = cpu_session(probe.SerializeToString())
-    seen = {name: [] for name in names}
-    for batch in batches:
-        for name, x in zip(names, session.run(names, batch)):
-            few = x.ravel()[::max(1, x.size >> 16)]
-            seen[name].append(few)
-    ranges = {}
-    for group in groups:
-        values = [x for name in group if name in seen for x in seen[name]]
-        top = best_range(np.concatenate(values))
-        for name in group:
-            ranges[name] = [{"rmin": np.float32(0), "rmax": np.float32(top)}]
-    return ranges
-
-def quantize(model, groups, batches):
-    """The int8 form of a float32 model: activations uint8, weights int8 for each channel.
-
-    groups: what to_phases returned. batches: inputs, by name. No data set is needed: z ~ N(0, 1).
-    """
+def quantize(model, batches):
+    """The int8 form of a float32 model: activations uint8, weights int8 for each channel. No data set is
+    needed to measure ranges: z ~ N(0, 1)."""
     from onnxruntime.quantization import CalibrationDataReader, QuantType, quantize_static
 
-    class Reader(CalibrationDataReader):  # for the tensors that have no range yet
+    class Reader(CalibrationDataReader):
         left = iter(batches)
 
         def get_next(self):
             return next(self.left, None)
 
-    store_first_in_int8(model)
-    ranges = measure_ranges(model, groups, batches)
     in_float = [node.name for node in model.graph.node if node.op_type == "ConvTranspose"]
     in_float += [node.name for node in model.graph.node if node.op_type == "Gemm"][:1]
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "int8.onnx")
-        quantize_static(
-            model, path, Reader(), per_channel=True,
-            activation_type=QuantType.QUInt8, weight_type=QuantType.QInt8,
-            op_types_to_quantize=["Conv", "Gemm", "Relu", "Transpose", "Concat", "Reshape"],
-            nodes_to_exclude=in_float, extra_options={"TensorQuantOverrides": ranges})
+        quantize_static(model, path, Reader(), per_channel=True, nodes_to_exclude=in_float,
+                        activation_type=QuantType.QUInt8, weight_type=QuantType.QInt8,
+                        op_types_to_quantize=["Conv", "Gemm", "Relu", "Transpose", "Concat", "Reshape"])
         return onnx.load(path)
 
-# --------------------------------------------------------------------------------------------- file
+# ------------------------------------------------------------------------------------------- file
 
-def sha256_of(path):
-    return hashlib.sha256(Path(path).read_bytes()).hexdigest()
+def draw(netG, start, n):
+    """netG's inputs, by name: latents start to start + n - 1 of seed 0, and classes in turn."""
+    inputs = {"z": infer_ort.latents(0, start, n, netG.config["nz"])}
+    if "n_classes" in netG.config:
+        inputs["labels"] = np.arange(start, start + n) % netG.config["n_classes"]
+    return inputs
 
-def describe(args, netG, classes, run, sha256):
+def describe(args, netG, ckpt, sha256):
     """The file's metadata, str -> str: what it takes to use it, and its origin; no local path."""
     config = netG.config
-    dataset = str(run.get("args", {}).get("dataset", "unknown"))
+    n_classes = config.get("n_classes", 0)
+    dataset = str(ckpt.get("args", {}).get("dataset", "unknown"))
     meta = {
         "format_version": 1,
-        "script": run["script"],
+        "script": ckpt["script"],
         "nz": config["nz"],
         "nc": config["nc"],
         "img_size": config["img_size"],
-        "n_classes": config.get("n_classes", 0),
-        "classes": json.dumps(classes),
+        "n_classes": n_classes,
+        "classes": json.dumps(ckpt["classes"][:n_classes]),
         "layout": "NHWC" if args.uint8 else "NCHW",
         "value_range": "0 to 255" if args.uint8 else "-1 to 1",
         "precision": args.precision,
         "latent": "N(0, 1)",
         "dataset": PureWindowsPath(dataset).name,  # slashes of both kinds end a folder
-        "steps": run.get("step", "unknown"),
-        "weights": "ema" if "netG_ema" in run else "unknown",
+        "steps": ckpt.get("step", "unknown"),
         "checkpoint_sha256": sha256,
         "versions": f"torch {torch.__version__}, onnx {onnx.__version__}",
     }
     # A file's name may hold what is no UTF-8, and a protobuf may not.
     return {key: str(value).encode(errors="backslashreplace").decode() for key, value in meta.items()}
 
-def compare(script, netG, path, args):
-    """Says how far ONNX Runtime's pictures are from PyTorch's. OSError if that is too far."""
-    session = cpu_session(path)
-    sizes = [1, 2, 7, 16]
-    if args.batch_size:
-        sizes = [args.batch_size] * max(2, 26 // args.batch_size)
-    worst, squares, n = 0.0, [], 0
-    for size in sizes:
-        inputs = draw(script, netG, args.seed, n, size)
-        (got,) = session.run(["images"], inputs)
+def compare(netG, file, args):
+    """Says how near ONNX Runtime's pictures are to PyTorch's. InputError if they are not."""
+    session = infer_ort.open_session(file, "cpu")
+    reference = Exported(netG, False, args.uint8)
+    squares = []
+    for start, n in ((0, 1), (1, 7), (8, 16)):
+        inputs = draw(netG, start, n)
         with torch.no_grad():
-            want = netG(*map(torch.from_numpy, inputs.values()))
-        if args.uint8:
-            difference = (got.astype(np.float64) - script.to_uint8(want)) / 127.5
-        else:
-            difference = got.astype(np.float64) - want.numpy()
-        worst = max(worst, np.abs(difference).max())
-        squares.append(np.square(difference).ravel())
-        n += size
-    error = np.concatenate(squares).mean()
-    psnr = 10 * math.log10(4 / error) if error else math.inf
-
-    most, least = TOLERANCE[args.precision]
-    apart = f"{worst:.2g} in [-1, 1]"
-    if args.uint8:
-        most = max(most, 1 / 127.5 + 1e-9)  # a level
-        apart = f"{worst * 127.5:.0f} levels of 255"
-    result = f"greatest difference from PyTorch {apart}, PSNR {psnr:.1f} dB over {n} pictures"
-    if not (worst <= most and psnr >= least):  # nor NaN
-        allowed = f"at least {least} dB" if least else f"at most {most:.2g} in [-1, 1]"
-        raise dcgan.UserError(f"{args.out}: not written, {result}; {args.precision} has to keep to {allowed}; "
-                      "try another --precision")
-    return result
+            want = reference(*map(torch.from_numpy, inputs.values())).numpy()
+        difference = session.run(None, inputs)[0].astype(np.float64) - want
+        squares.append(np.square(difference / (127.5 if args.uint8 else 1)).mean())
+    psnr = 10 * math.log10(4 / max(np.max(squares), 1e-15))
+    least = LEAST_PSNR[args.precision]
+    if not psnr >= least:  # nor NaN
+        raise InputError(f"{args.out}: not written: PSNR {psnr:.1f} dB against PyTorch's pictures, "
+                         f"{args.precision} has to have {least}; diverged? or try another --precision")
+    return f"PSNR {psnr:.1f} dB against PyTorch"
 
 def export(args):
     """The file args.out, or none: what does not give PyTorch's pictures never gets that name."""
-    sha256 = sha256_of(args.checkpoint)
-    script, netG, classes, run = load(args.checkpoint)
-    if sha256_of(args.checkpoint) != sha256:
-        raise dcgan.UserError(f"{args.checkpoint}: its run saved it meanwhile; start export.py again")
-    n = args.batch_size or 16
-    inputs = draw(script, netG, args.seed, 0, max(2, n))
-    with torch.no_grad():
-        images = netG(*map(torch.from_numpy, inputs.values()))
-    if not images.isfinite().all():
-        raise dcgan.UserError(f"{args.checkpoint}: its pictures are not finite; its training diverged")
-
-    net = fold_batchnorm(copy.deepcopy(netG))
-    convolutional = isinstance(net.main[0], nn.ConvTranspose2d)
-    if args.phases and not convolutional:
-        raise dcgan.UserError(f"--phases: {args.checkpoint} has no transposed convolution; leave it away")
-    phases = args.phases or args.precision == "int8"
-    if phases and convolutional:
-        net.main[0] = Dense(net.main[0])
-    for layer in net.modules():
-        if isinstance(layer, nn.ReLU):
-            layer.inplace = False  # or the graph gets one more Reshape
-    net = Exported(net, args.precision == "fp16", args.uint8).eval()
-
-    model = to_onnx(net, inputs, args.batch_size, args.opset)
-    groups = to_phases(model) if phases else []
+    netG, ckpt, sha256 = load(args.checkpoint)
+    net = copy.deepcopy(netG)
     if args.precision == "int8":
-        batches = [draw(script, netG, args.seed, 2**40 + i, n) for i in range(0, max(n, 256), n)]
-        model = quantize(model, groups, batches)
-    strip(model)
-    model.ir_version = helper.find_min_ir_version_for(model.opset_import)  # for old runtimes
-    helper.set_model_props(model, describe(args, netG, classes, run, sha256))
+        net.main = for_int8(net.main)
+    net = Exported(net, args.precision == "fp16", args.uint8).eval()
+    model = to_onnx(net, draw(netG, 0, 2), args.opset)
+    if args.precision == "int8":
+        model = quantize(model, [draw(netG, 2**40 + i, 16) for i in range(0, 256, 16)])
+    helper.set_model_props(model, describe(args, netG, ckpt, sha256))
     onnx.checker.check_model(model, full_check=True)
-    with dcgan.atomic_write(Path(args.out)) as f:
+    with dcgan.new_file(Path(args.out)) as f:
         f.write(model.SerializeToString())
         f.flush()
-        result = compare(script, netG, f.name, args) if args.verify else "not compared with PyTorch"
-    megabytes = Path(args.out).stat().st_size / 1e6
-    print(f"{args.out}: {megabytes:.2f} MB, {args.precision}, opset {args.opset}; {result}")
-    if netG.config["nc"] in (1, 3):
-        print(f"next: python infer_ort.py {shlex.quote(args.out)}")
+        result = compare(netG, f.name, args) if args.verify else "not compared with PyTorch"
+    print(f"{args.out}: {os.path.getsize(args.out) / 1e6:.2f} MB, {args.precision}, {result}")
+    print(f"next: python infer_ort.py {shlex.quote(args.out)}")
 
 def main():
-    """One line, exit code 1, for what the user can mend, as in the training scripts."""
-    for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):  # a terminal that cannot show a file's name
-            stream.reconfigure(errors="backslashreplace")
     logging.disable(logging.WARNING)  # of torch.onnx and onnxruntime.quantization
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # or temporary files would stay
     try:
         export(get_args())
-    except MENDABLE as e:
+    except (InputError, OSError, MemoryError, KeyboardInterrupt) as e:
         sys.exit(f"export.py: error: {' '.join(str(e).split()) or type(e).__name__}")
 
 if __name__ == "__main__":

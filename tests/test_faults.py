@@ -1,4 +1,4 @@
-"""Faults on purpose: killed at any moment, no room left, damaged and hostile files. `pytest --slow` runs them longer.
+"""Faults on purpose: killed at any moment, no room left, nobody who reads the output. `pytest --slow` runs them longer.
 
 Every long loop counts its cases and asserts the count; the seeds are fixed.
 """
@@ -7,20 +7,18 @@ import contextlib
 import io
 import json
 import os
-import pickle
-import re
+import pty
 import shutil
 import signal
 import subprocess
 import sys
 import time
-import zipfile
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import POSIX, TINY, assert_same, command, ended, forked, main, picture, train
+from conftest import POSIX, ROOT, TINY, assert_same, ended, forked, main, picture, rows, train, words
 from PIL import Image
 
 import acgan
@@ -33,41 +31,112 @@ slow = pytest.mark.slow
 def said(file=Path("said.txt")):
     return file.read_text(errors="replace") if file.exists() else ""
 
-def run(name, *argv):
+def step_of(folder):
+    return torch.load(f"{folder}/checkpoint.pt", weights_only=True)["step"]
+
+def wait_for_rows(folder, n=1):
+    """Until a run that has been started has logged so many steps."""
+    until = time.monotonic() + 120
+    while not Path(folder, "log.jsonl").exists() or len(rows(folder)) < n:
+        assert time.monotonic() < until
+        time.sleep(0.05)
+
+def go(name, *argv):
     """A run that saves after each step, or goes on where it stopped."""
-    go_on = ["--resume cut"] if Path("cut/checkpoint.pt").exists() else [*TINY, "--max_steps 40 --save_interval 1", *argv]
+    go_on = ["--resume cut"] if Path("cut/checkpoint.pt").exists() else [*TINY, "--max_steps 20 --save_interval 1", *argv]
     main(name, *go_on)
 
 @pytest.mark.parametrize(("script", "signum", "wanted"), [
     (gan, signal.SIGKILL, 3), *(pytest.param(script, signum, wanted, marks=slow) for script in (gan, dcgan, acgan)
                                 for signum, wanted in ((signal.SIGKILL, 60), (signal.SIGTERM, 20), (signal.SIGINT, 20)))])
 def test_killed_at_random_moments(script, signum, wanted):
-    """Most signals meet a save: each resume loads, nothing saved is lost, the end is the same."""
-    run(script.SCRIPT, "--out_dir whole")
-    whole = script.load_checkpoint("whole/checkpoint.pt", [script.SCRIPT])
+    """Most signals meet a save: each resume loads, nothing saved is lost, the end and the log are the same."""
+    name = script.METHOD
+    go(name, "--out_dir whole")
+    whole = script.load_checkpoint("whole/checkpoint.pt")
     rng, kills, saved = np.random.default_rng(0), 0, 0
     while kills < wanted:
         shutil.rmtree("cut", ignore_errors=True)
         step = 0
         while step < whole["step"]:
-            process = forked(run, script.SCRIPT, "--out_dir cut")
-            if (status := ended(process, rng.uniform(0, 0.5))) is None:
+            process = forked(go, name, "--out_dir cut")
+            if (status := ended(process, rng.uniform(0, 1))) is None:
                 os.kill(process.pid, signum)
                 status = ended(process, 20)
                 kills += 1
-            assert status in (0, 1, -signum, 128 + signum), said()  # 1: interrupted before or after main()'s own handler
-            assert not re.search("error: (?!KeyboardInterrupt)", said())
+            assert status in (0, 1, -signum, 128 + signum), said()  # 1: interrupted before the first step
             if not Path("cut/checkpoint.pt").exists():
                 shutil.rmtree("cut", ignore_errors=True)  # or the next would get a number
                 continue
             saved += status != 0
-            now = script.load_checkpoint("cut/checkpoint.pt", [script.SCRIPT])["step"]
-            logged = json.loads(Path("cut/log.jsonl").read_text().splitlines()[-1])["step"]
-            assert now >= max(step, logged - 1), "a save was lost"
+            now = script.load_checkpoint("cut/checkpoint.pt")["step"]
+            logged = [json.loads(row)["step"] for row in Path("cut/log.jsonl").read_text().splitlines()] or [0]
+            assert now >= max(step, logged[-1] - 1), "a save was lost"
             step = now
-        assert_same(script.load_checkpoint("cut/checkpoint.pt", [script.SCRIPT]), whole)
+        assert_same(script.load_checkpoint("cut/checkpoint.pt"), whole)
+        assert [row["step"] for row in rows("cut")] == list(range(1, 21))
     assert kills >= wanted
     assert saved > 0
+
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_finishes_the_step_and_saves(signum):
+    """But for SIGHUP under nohup."""
+    nohup = "trap '' HUP; " if signum == signal.SIGHUP else ""
+    for before in {"", nohup}:
+        out = "ignored" if before else "run"
+        command = f"{before}exec {sys.executable} {ROOT}/gan.py {' '.join(TINY)} --max_steps 1000000 --out_dir {out}"
+        process = subprocess.Popen(["sh", "-c", command], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        wait_for_rows(out)
+        process.send_signal(signum)
+        if before:
+            wait_for_rows(out, len(rows(out)) + 20)
+            process.send_signal(signal.SIGTERM)
+        assert process.wait(60) == 128 + (signal.SIGTERM if before else signum)
+        assert "--resume" in process.stdout.read()
+        assert step_of(out) == rows(out)[-1]["step"]
+
+@pytest.mark.parametrize("output", ["2>&1 | tee log", "2>&1 | head -c 300 > log", ">&- 2>&-", "> /dev/full 2>&1", "a terminal"])
+def test_nobody_reads_the_output_any_more(output):
+    """Ctrl-C, which tee gets, too, and ends at once; a reader that has seen enough; no streams; a full disk; ssh is lost."""
+    command = f"{sys.executable} {ROOT}/gan.py {' '.join(TINY)} --max_steps 1000000 --out_dir run "
+    kwargs = {}
+    if output == "a terminal":
+        parent, child = pty.openpty()
+        kwargs, output = {"stdin": child, "stdout": child, "stderr": child}, ""
+    process = subprocess.Popen(["bash", "-c", f"{command} {output}; exit ${{PIPESTATUS[0]}}"], start_new_session=True, **kwargs)
+    wait_for_rows("run", 3)
+    if kwargs:  # the kernel sends SIGHUP
+        os.close(child)
+        os.close(parent)
+    else:
+        wait_for_rows("run", len(rows("run")) + 20)
+        os.killpg(process.pid, signal.SIGINT)
+    process.wait(60)
+    until = time.monotonic() + 60
+    while step_of("run") == 0 and time.monotonic() < until:  # bash may end before its command
+        time.sleep(0.05)
+    assert step_of("run") == rows("run")[-1]["step"] >= 3
+
+def test_starts_at_the_same_time_take_folders_of_their_own():
+    """Without --out_dir, and with the same one for all; two that go on with one run leave a checkpoint that loads."""
+    for flags, names in (("", ["runs/gan-digits", "runs/gan-digits-2", "runs/gan-digits-3"]), ("--out_dir x", ["x", "x-2", "x-3"])):
+        processes = [forked(main, "gan", *TINY, "--max_steps 5", flags, said=f"said{i}.txt") for i in range(3)]
+        assert [ended(process) for process in processes] == [0, 0, 0]
+        assert [step_of(name) for name in names] == [5, 5, 5]
+        assert [len(rows(name)) for name in names] == [5, 5, 5]
+    both = [forked(main, "gan", "--resume x --max_steps 40", said=f"said{i}.txt") for i in range(2)]
+    assert [ended(process) for process in both] == [0, 0]
+    assert step_of("x") == 40
+
+def test_two_processes_stop_together():
+    """The signal comes to one of them only: neither waits for the other, and one has saved."""
+    env = os.environ | {"WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": str(20000 + os.getpid() % 10000)}
+    argv = [sys.executable, ROOT / "gan.py", *TINY, *words("--epochs 100000 --out_dir run")]
+    both = [subprocess.Popen(argv, env=env | {"RANK": str(rank), "LOCAL_RANK": str(rank)}) for rank in range(2)]
+    wait_for_rows("run")
+    both[1].send_signal(signal.SIGTERM)
+    assert [process.wait(60) for process in both] == [128 + signal.SIGTERM] * 2
+    assert step_of("run") == rows("run")[-1]["step"] >= 1
 
 def cached(n):
     dcgan.load_data(dcgan.get_args([*TINY, "--max_images", str(n)]))
@@ -75,8 +144,11 @@ def cached(n):
 @pytest.mark.parametrize("wanted", [2, pytest.param(30, marks=slow)])
 def test_killed_while_the_cache_is_written(wanted):
     """It is whole, or not there under its name; and three that build it at once do not disturb each other."""
+    def caches():
+        return [file for file in Path("data/cache").iterdir() if file.is_file()]
+
     cached(3000)
-    (file,) = Path("data/cache").iterdir()
+    (file,) = caches()
     whole, rng, kills = file.read_bytes(), np.random.default_rng(0), 0
     while kills < wanted:
         file.unlink(missing_ok=True)
@@ -87,27 +159,24 @@ def test_killed_while_the_cache_is_written(wanted):
             kills += 1
         assert not file.exists() or file.read_bytes() == whole
     file.unlink(missing_ok=True)
-    processes = [forked(cached, 3000) for _ in range(3)]
-    assert [ended(process, 60) for process in processes] == [0, 0, 0]
+    assert [ended(process) for process in [forked(cached, 3000) for _ in range(3)]] == [0, 0, 0]
     assert file.read_bytes() == whole
 
-@pytest.mark.parametrize(("argv", "limit"), [
-    ("--resume run --max_steps 3", 60000), ("--sample run --out x.png", 250), ("--sample run --out x.npz", 250),
-    ("--sample run --out folder/", 100),
-    ("--dataset digits --max_images 3000 --out_dir other --max_steps 1", 60000)])
-def test_no_room(argv, limit):
-    """A limit to the size of files stands for a full disk: one line, no half file, and what was there is there."""
+@pytest.mark.parametrize(("program", "argv", "limit"), [
+    ("dcgan", "--resume run --max_steps 3", 60000), ("dcgan", "--sample run --out x.png", 250), ("dcgan", "--sample run --out folder/", 100),
+    ("dcgan", "--dataset digits --max_images 3000 --out_dir other --max_steps 1", 60000), ("export", "run", 20000),
+    ("infer_ort", "model.onnx --out x.npy", 1000)])
+def test_no_room(program, argv, limit):
+    """A limit to the size of files stands for a full disk: one line, and what was there is there."""
     train(dcgan, "--max_steps 1 --nc 3 --ngf 16")
-    before, content = set(Path(".").rglob("*")), Path("run/checkpoint.pt").read_bytes()
-    assert ended(forked(main, "dcgan", argv, limit=limit), 60) == 1, said()
+    if program == "infer_ort":
+        main("export", "run -o model.onnx")
+    before, content = set(Path().rglob("*")), Path("run/checkpoint.pt").read_bytes()
+    assert ended(forked(main, program, argv, limit=limit)) == 1, said()
     assert "Traceback" not in said()
-    assert said().splitlines()[-1].startswith("dcgan.py: error: ")
+    assert said().splitlines()[-1].startswith(f"{program}.py: error: ")
     assert Path("run/checkpoint.pt").read_bytes() == content
-    assert {f.name for f in set(Path(".").rglob("*")) - before} <= {"said.txt", "folder", "log.jsonl", ".lock", "step_00000001.png", "real.png"}
-
-class Code:
-    def __reduce__(self):
-        return os.mkdir, ("code-ran",)
+    assert {f.name for f in set(Path().rglob("*")) - before} <= {"said.txt", "folder", "000000.png", "x.npy"}
 
 def damaged(data, rng, kind):
     """Bytes as an accident leaves them: cut, with bits flipped, a piece overwritten, or noise."""
@@ -117,55 +186,29 @@ def damaged(data, rng, kind):
         flipped[at] ^= 1 << rng.integers(8)
     return [data[:a], bytes(flipped), data[:a] + rng.bytes(b - a) + data[b:], rng.bytes(rng.integers(3000))][kind]
 
-def absurd(ckpt, rng, kind):
-    """A checkpoint with code in it, or one value of it that nobody would write."""
-    state = [ckpt["netG"], ckpt["netD"], ckpt["optG"]["state"], ckpt["optD"]["state"]][rng.integers(4)]
-    where = [ckpt, ckpt, ckpt["netG_ema"], ckpt["config"], ckpt["args"], state][kind]
-    values = [None, -4, 0, 10**15, 10**30, 2.5, float("nan"), "64", "--help", [1], {}, torch.zeros(2, 3), torch.zeros(0),
-              torch.zeros(()).expand(10**15, 1), torch.tensor(float("nan"))]
-    key = list(where)[rng.integers(len(where))]
-    where[key] = Code() if kind == 0 else values[rng.integers(len(values))]
-    return ckpt
-
-@pytest.mark.parametrize(("script", "n"), [(dcgan, 60), *(pytest.param(s, 1000, marks=slow) for s in (gan, dcgan, acgan))])
-def test_hostile_checkpoints(script, n):
-    """By accident: one line, but where a flipped bit renames an entry, for PyTorch looks at no CRC: less than 1 in 100.
-    On purpose: any exception. No code is run, nothing hangs, no interpreter crashes."""
-    train(script, "--max_steps 1")
-    shutil.move("run", "good")
-    good, rng = Path("good/checkpoint.pt").read_bytes(), np.random.default_rng(0)
+@pytest.mark.parametrize("n", [40, pytest.param(1000, marks=slow)])
+def test_damaged_checkpoints(n):
+    """One line, or a run that works; a flipped bit may rename an entry, which is a traceback. Nothing hangs or crashes."""
+    train(dcgan, "--max_steps 1")
+    good, rng = Path("run/checkpoint.pt").read_bytes(), np.random.default_rng(0)
     refused = read = renamed = 0
     for i in range(n):
-        if i % 10 < 4:
-            Path("bad.pt").write_bytes(damaged(good, rng, i % 10))
-        else:
-            with open("bad.pt", "wb") as f:
-                save = pickle.dump if i % 20 == 4 else torch.save
-                save(absurd(torch.load(io.BytesIO(good), weights_only=True), rng, i % 10 - 4), f)
-        for argv in ("--sample bad.pt --n_samples 4 --out x.png",
-                     "--resume bad.pt --out_dir again --dataset digits --max_images 64 --max_steps 3 --no-compile"):
-            begin = time.perf_counter()
+        Path("bad.pt").write_bytes(damaged(good, rng, i % 4))
+        for argv in ("--sample bad.pt --n_samples 4 --out x.png", "--resume bad.pt --out_dir again --max_steps 3"):
             try:
-                main(script, argv)
+                main("dcgan", argv)
                 read += 1
             except (Exception, SystemExit) as e:  # noqa: BLE001  a flipped bit of a weight may show as an infinite loss
                 refused += 1
-                renamed += i % 10 < 4 and not isinstance(e, SystemExit)
-            assert time.perf_counter() - begin < 20, i
-            assert not Path("code-ran").exists(), i
+                renamed += not isinstance(e, SystemExit)
     assert 2 * n == refused + read < 4 * refused
-    assert renamed <= n / 100
+    assert renamed <= n / 20
 
 def strange_image(rng, i):
     """Bytes of a picture of any mode and shape, half of them damaged."""
     size = [(1, 1), (1, 300), (20000, 1), (1, 20000), (33, 17), (64, 64)][rng.integers(6)]
-    mode, fmt = [("1", "PNG"), ("LA", "PNG"), ("P", "PNG"), ("RGBA", "PNG"), ("CMYK", "JPEG"), ("I;16", "PNG"), ("I", "TIFF"),
-                 ("F", "TIFF"), ("YCbCr", "JPEG")][i % 9]
-    if mode in ("I;16", "I", "F"):
-        dtype = {"I;16": np.uint16, "I": np.int32, "F": np.float32}[mode]
-        img = Image.fromarray((rng.random(size[::-1]) * 60000).astype(dtype))
-    else:
-        img = picture(i, size).convert(mode)
+    mode, fmt = [("1", "PNG"), ("LA", "PNG"), ("P", "PNG"), ("RGBA", "PNG"), ("CMYK", "JPEG"), ("YCbCr", "JPEG"), ("I;16", "PNG")][i % 7]
+    img = Image.fromarray(rng.integers(0, 60000, size[::-1], dtype=np.uint16)) if mode == "I;16" else picture(i, size).convert(mode)
     buffer, exif = io.BytesIO(), Image.Exif()
     exif[0x0112] = int(rng.integers(0, 12))  # orientation, also absurd ones
     img.save(buffer, fmt, exif=exif, **({"transparency": int(rng.integers(256))} if mode == "P" else {}))
@@ -173,54 +216,23 @@ def strange_image(rng, i):
     return damaged(buffer.getvalue(), rng, kind) if kind < 3 else buffer.getvalue()
 
 @pytest.mark.parametrize("n", [150, pytest.param(1500, marks=slow)])
-def test_hostile_images(n, capfd):
-    """Each is decoded or skipped by name; nothing else happens."""
-    rng, suffixes, bomb = np.random.default_rng(0), ["png", "jpg", "tif", "gif", "webp"], io.BytesIO()
-    Image.new("1", (30000, 30000)).save(bomb, "PNG")
-    with zipfile.ZipFile("hostile.zip", "w") as z:
-        for i in range(n):
-            name = f"{i:05d}-{['a', 'ü', 'b b', 'x/y', '名'][rng.integers(5)]}.{suffixes[rng.integers(5)]}"
-            z.writestr(name, strange_image(rng, i) if i % 25 else b"")
-        z.writestr("bomb.png", bomb.getvalue())
-        z.writestr("/absolute.png", picture(1).tobytes())
-    images, *_ = dcgan.load_data(dcgan.get_args(["--dataset", "hostile.zip", "--img_size", "16"]))
-    skipped = int(re.search(r"left out (\d+) images", capfd.readouterr().err)[1])
-    assert len(images) + skipped == n + 2
-    assert n / 25 < skipped < n / 2
-    assert set(os.listdir()) == {"hostile.zip", "data"}
-    assert not Path("/absolute.png").exists()
-
-def infer():
-    import infer_ort
-
-    sys.argv = ["infer_ort.py", "model.onnx", "--provider", "cpu", "--n_samples", "4", "--out", "x.png"]
-    infer_ort.main()
-
-@slow
-def test_hostile_onnx_files(cpp):
-    """Each in a process of its own, for a crash inside ONNX Runtime; infer_ort.cpp, if built, meets the same files."""
-    train(dcgan, "--max_steps 1 --nc 3")
-    assert command("export", "run -o model.onnx").returncode == 0
-    good, rng, statuses = Path("model.onnx").read_bytes(), np.random.default_rng(0), []
-    for i in range(1000):
-        Path("model.onnx").write_bytes(damaged(good, rng, i % 4))
-        Path("x.png").unlink(missing_ok=True)
-        status = ended(forked(infer), 60)
-        assert status in (0, 1, 2), (i, status, said())
-        assert (status == 0) == Path("x.png").exists(), i
-        statuses.append(status)
-        if cpp:
-            argv = [cpp, "model.onnx", "--n_samples", "4", "--threads", "1", "--out", "y.png"]
-            done = subprocess.run(argv, capture_output=True, text=True, errors="replace", timeout=60, check=False)
-            assert done.returncode in (0, 1, 2), (i, done)
-            assert done.returncode == 0 or re.fullmatch("infer_ort: error: .+\n", done.stderr), (i, done)
-    assert len(statuses) == 1000 > statuses.count(0) + 100
+def test_strange_images(n, capfd):
+    """Each is decoded or left out; nothing else happens."""
+    rng, suffixes = np.random.default_rng(0), ["png", "jpg", "tif", "gif", "webp"]
+    os.mkdir("strange")
+    for i in range(n):
+        name = f"{i:05d}-{['a', 'ü', 'b b', '名'][rng.integers(4)]}.{suffixes[rng.integers(5)]}"
+        Path("strange", name).write_bytes(strange_image(rng, i) if i % 25 else b"")
+    Image.new("1", (30000, 30000)).save("strange/bomb.png")
+    images, *_ = dcgan.load_data(dcgan.get_args(["--dataset", "strange", "--img_size", "16"]))
+    left_out = int(capfd.readouterr().err.split("left out ")[1].split(":")[0])
+    assert len(images) + left_out == n + 1
+    assert n / 25 < left_out < n / 2
 
 @slow
 def test_20000_steps_in_flat_memory(script):
     """Memory of its own (kB) and open files, with TensorBoard on, from step 2000 to the end."""
-    process = forked(main, script.SCRIPT, *TINY, "--log_interval 50 --max_steps 20000 --save_interval 500 --tensorboard",
-                     "--out_dir run")
+    process = forked(main, script.METHOD, *TINY, "--log_interval 50 --max_steps 20000 --save_interval 500 --tensorboard --out_dir run")
     proc, seen = Path("/proc", str(process.pid)), []
     while ended(process, 0.5) is None:
         with contextlib.suppress(OSError, IndexError):

@@ -10,24 +10,21 @@ import os
 import subprocess
 import sys
 from pathlib import Path
-from unittest import mock
 
 import numpy as np
 import onnxruntime
 import pytest
 import torch
-from conftest import POSIX, ROOT, SCRIPTS, TINY, resume, train, words
-from test_export import exported, model_of, run_of
+from conftest import POSIX, ROOT, SCRIPTS, TINY, main, resume, train, words
+from test_deploy import checkpoint, model_of
 
 import infer_ort
-from benchmarks import gpu
 
 GPU = "--device cuda"
 FILES = ("", "--uint8", "--precision fp16", "--precision fp16 --uint8")
 CUDA = torch.cuda.is_available()
 pytestmark = pytest.mark.skipif(not CUDA, reason="PyTorch finds no CUDA device")
-no_bf16 = pytest.mark.skipif(not (CUDA and torch.cuda.is_bf16_supported(False)), reason="no fast bfloat16")
-BF16 = pytest.param("bf16", marks=no_bf16)
+BF16 = pytest.param("bf16", marks=pytest.mark.skipif(not (CUDA and torch.cuda.is_bf16_supported(False)), reason="no fast bfloat16"))
 
 @pytest.fixture
 def devices(script, monkeypatch):
@@ -52,9 +49,8 @@ def test_there_and_back(script, devices):
     assert resume(script, "--device cpu --max_steps 5")["step"] == 5
     assert resume(script, GPU, "--max_steps 9")["step"] == 9
     assert devices == ["cuda"] * 3 + ["cpu"] * 2 + ["cuda"] * 4
-    script.sample(script.get_args(words("--sample run --n_samples 5 --out x.npz", GPU)))
-    with np.load("x.npz") as samples:
-        assert samples["arr_0"].shape == (5, 16, 16, 1)
+    main(script.METHOD, "--sample run --n_samples 5 --out folder/", GPU)
+    assert len(os.listdir("folder")) == 5
 
 @pytest.mark.filterwarnings("ignore:Synchronization debug mode")
 @pytest.mark.parametrize("precision", ["fp32", BF16])
@@ -84,20 +80,17 @@ def test_compile(script, devices, precision):
     train(script, GPU, "--compile --max_steps 16 --precision", precision)
     assert resume(script, "--no-compile --device cpu --max_steps 18")["step"] == 18
     assert devices == ["cuda"] * 16 + ["cpu"] * 2
-    exported("run", "--no-verify")
 
 @POSIX
-@pytest.mark.parametrize(("visible", "flags", "says"),
-                         [("0", "--device cpu", "2 x cpu"), ("0,1", "", "2 x cuda")], ids=["cpu", "nccl"])
+@pytest.mark.parametrize(("visible", "flags", "says"), [("0", "--device cpu", "2 x cpu"), ("0,1", "", "2 x cuda")], ids=["cpu", "nccl"])
 def test_two_processes(visible, flags, says):
     """On the CPU of a machine with one GPU; and with a GPU for each."""
     if torch.cuda.device_count() < len(visible.split(",")):
         pytest.skip("needs two GPUs")
     tiny = [word for word in TINY if word not in ("--device", "cpu")]
-    torchrun = [sys.executable, *words("-m torch.distributed.run --standalone --nproc_per_node 2")]
-    argv = [*torchrun, ROOT / "dcgan.py", *tiny, *words(flags, "--max_steps 12 --out_dir run")]
-    done = subprocess.run(argv, text=True, capture_output=True, timeout=300, check=False,
-                          env=os.environ | {"CUDA_VISIBLE_DEVICES": visible})
+    argv = [sys.executable, *words("-m torch.distributed.run --standalone --nproc_per_node 2"), ROOT / "dcgan.py", *tiny,
+            *words(flags, "--max_steps 12 --out_dir run")]
+    done = subprocess.run(argv, text=True, capture_output=True, timeout=300, check=False, env=os.environ | {"CUDA_VISIBLE_DEVICES": visible})
     assert done.returncode == 0, done.stderr[-3000:]
     assert says in done.stdout
     assert len(Path("run/log.jsonl").read_text().splitlines()) == 12
@@ -105,23 +98,21 @@ def test_two_processes(visible, flags, says):
 # ------------------------------------------------------------------------------------------------------ pictures
 
 def inputs_of(script, n=50):
-    """Latents (n, nz) and labels (n) for a tiny net."""
-    return script.latents(1, 0, n, 8), np.arange(n) % (10 if script.SCRIPT == "acgan" else 1)
+    """Latents (n, nz), and for a net with classes labels (n)."""
+    return infer_ort.latents(1, 0, n, 8), *([np.arange(n) % 10] if script.METHOD == "acgan" else [])
 
 def levels(a, b):
     """The greatest difference of two arrays of pictures, of 255."""
-    assert a.shape == b.shape
-    assert a.dtype == b.dtype == np.uint8
+    assert (a.shape, a.dtype) == (b.shape, b.dtype)
     return np.abs(a.astype(int) - b).max()
 
 @pytest.mark.numbers
 def test_pictures_of_pytorch(script):
     """TF32, by which cuDNN computes, is within two levels of the CPU's float32."""
-    netG, _ = script.load_generator(f"{run_of(script.SCRIPT)}/checkpoint.pt")
-    inputs = inputs_of(script)
-    want = script.generate(netG, *inputs)
+    netG = script.load_generator(torch.load(checkpoint(script.METHOD)))
+    want = script.generate(netG, *inputs_of(script))
     assert np.ptp(want) > 50
-    assert levels(script.generate(netG.cuda(), *inputs), want) <= 2
+    assert levels(script.generate(netG.cuda(), *inputs_of(script)), want) <= 2
 
 @pytest.fixture
 def cuda_provider():
@@ -130,40 +121,25 @@ def cuda_provider():
 
 def pictures(script, flags, provider):
     """50 uint8 pictures of an exported file, by what was asked for."""
-    generator = infer_ort.Generator(model_of(script.SCRIPT, flags), provider=provider)
+    generator = infer_ort.Generator(model_of(script.METHOD, flags), provider=provider)
     assert generator.provider == f"{provider.upper()}ExecutionProvider"
-    z, labels = inputs_of(script)
-    return generator(z, labels if generator.n_classes else None)
-
-def profiled(file, feed):
-    """[(operator, provider)] of the nodes that run, and of the copies that ONNX Runtime puts in."""
-    options = onnxruntime.SessionOptions()
-    options.enable_profiling = True
-    providers = ["CUDAExecutionProvider", "CPUExecutionProvider"]
-    session = onnxruntime.InferenceSession(file, options, providers=providers)
-    session.run(None, feed)
-    events = json.loads(Path(session.end_profiling()).read_text())
-    nodes = [e["args"] for e in events if "provider" in e.get("args", {})]
-    return [(node["op_name"], node["provider"]) for node in nodes]
+    return generator(*inputs_of(script))
 
 @pytest.mark.parametrize("flags", FILES)
 def test_every_node_is_on_the_gpu(script, cuda_provider, flags):
+    """And ONNX Runtime puts no copies between them; auto takes the GPU."""
     assert pictures(script, flags, "cuda").shape == (50, 16, 16, 3)
-    z, labels = inputs_of(script)
-    feed = {"z": z, "labels": labels} if script.SCRIPT == "acgan" else {"z": z}
-    nodes = profiled(model_of(script.SCRIPT, flags), feed)
+    file = model_of(script.METHOD, flags)
+    assert infer_ort.Generator(file).provider == "CUDAExecutionProvider"
+    options = onnxruntime.SessionOptions()
+    options.enable_profiling = True
+    session = onnxruntime.InferenceSession(file, options, providers=["CUDAExecutionProvider", "CPUExecutionProvider"])
+    session.run(None, dict(zip(("z", "labels"), inputs_of(script))))
+    events = json.loads(Path(session.end_profiling()).read_text())
+    nodes = [e["args"] for e in events if "provider" in e.get("args", {})]
     assert len(nodes) > 5
-    assert {provider for _, provider in nodes} == {"CUDAExecutionProvider"}
-    assert not [operator for operator, _ in nodes if operator.startswith("Memcpy")]
-
-@pytest.mark.slow
-def test_benchmark(capfd, cuda_provider):
-    """Every part ends well, and each of its figures but the profiler's is there."""
-    with mock.patch.object(sys, "argv", ["gpu.py", "--quick"]):
-        gpu.main()
-    said = capfd.readouterr()
-    assert said.err.count(": done, ") == len(gpu.PARTS)
-    assert "Not measured" not in said.out
+    assert {node["provider"] for node in nodes} == {"CUDAExecutionProvider"}
+    assert not [node["op_name"] for node in nodes if node["op_name"].startswith("Memcpy")]
 
 @pytest.mark.numbers
 @pytest.mark.parametrize("flags", FILES)

@@ -1,26 +1,20 @@
 """Training: nothing lost, every flag does what it says, several processes agree."""
 
-import json
 import os
 import signal
-import subprocess
 import sys
-import time
 from pathlib import Path
 from unittest import mock
 
 import numpy as np
 import pytest
 import torch
-from conftest import POSIX, ROOT, TINY, assert_same, ended, error_of, forked, main, resume, train, words
+from conftest import POSIX, ROOT, TINY, assert_same, error_of, main, resume, rows, run, train, words
 from PIL import Image
 
 import acgan
 import dcgan
 import gan
-
-def rows(out="run"):
-    return [json.loads(line) for line in Path(out, "log.jsonl").read_text().splitlines()]
 
 def stopped(script, step, *argv, out="run"):
     """A tiny run that a SIGTERM stops after so many steps, and its checkpoint."""
@@ -34,7 +28,7 @@ def stopped(script, step, *argv, out="run"):
     with mock.patch.object(script.Run, "next_batch", signalled), pytest.raises(SystemExit) as e:
         train(script, *argv, out=out)
     assert e.value.code == 128 + signal.SIGTERM
-    ckpt = script.load_checkpoint(f"{out}/checkpoint.pt", [script.SCRIPT])
+    ckpt = script.load_checkpoint(f"{out}/checkpoint.pt")
     assert ckpt["step"] == rows(out)[-1]["step"] == step
     return ckpt
 
@@ -53,6 +47,8 @@ def watch(monkeypatch):
         monkeypatch.setattr(script.Run, "steps", watched)
     return watch
 
+# ----------------------------------------------------------------------------------- nothing lost
+
 @pytest.mark.parametrize(("script", "flags"), [
     (gan, ""), (gan, "--hflip --dropout 0.3 --d_steps 2"), (acgan, "--precision bf16"),
     (acgan, "--hflip --dropout 0.3 --aux acgan --real_label 0.9 --pretrain_d 5"), (dcgan, ""),
@@ -66,121 +62,163 @@ def test_resume_is_bit_for_bit(script, flags, capfd):
     parts = resume(script, out="parts")
     assert parts["step"] == 21
     assert_same(whole, parts)
+    assert [row["step"] for row in rows("parts")] == list(range(1, 22))
     assert not torch.equal(next(iter(first["netG"].values())), next(iter(parts["netG"].values())))
 
-def test_resume_goes_on_and_may_change_length_rates_and_batch_size(capfd):
+def test_resume_may_change_length_rates_and_batch_size(capfd):
     def rates(ckpt):
         return [ckpt[opt]["param_groups"][0]["lr"] for opt in ("optG", "optD")]
 
-    assert train(gan, "--epochs 5 --max_steps 3 --lr 1e-3 --lr_decay none")["step"] == 3  # the last one counts
-    assert resume(gan, "--max_steps 5 ")["step"] == 5
+    assert train(gan, "--max_steps 3 --lr_g 1e-3 --lr_d 1e-3 --lr_decay none")["step"] == 3
+    assert resume(gan, "--max_steps 5 --beta1 0.7")["optG"]["param_groups"][0]["betas"] == (0.7, 0.999)
     ckpt = resume(gan, "--epochs 2 --lr_d 0.5")
     assert (ckpt["step"], ckpt["seen"], ckpt["args"]["ngf"], rates(ckpt)) == (16, 128, 4, [1e-3, 0.5])
-    assert "run" in error_of(capfd, resume, gan)  # it is done
-    ckpt = resume(gan, "--epochs 3 --lr 1e-4 --batch_size 16")
-    assert (ckpt["step"], ckpt["seen"], rates(ckpt)) == (20, 192, [1e-4, 1e-4])
+    assert "--epochs" in error_of(capfd, "gan", "--resume run")  # it is done
+    ckpt = resume(gan, "--epochs 3 --batch_size 16")
+    assert (ckpt["step"], ckpt["seen"]) == (20, 192)
     assert [row["step"] for row in rows()] == list(range(1, 21))
 
-def test_few_images_end_a_run_early(script, monkeypatch):
-    """By default, after so many passes over them, before the rates fall; a length that is given is kept."""
-    monkeypatch.setattr(script, "MAX_EPOCHS", 2)
-    ckpt = train(script, "--max_images 16")
-    assert ckpt["step"] == 4
-    assert ckpt["optG"]["param_groups"][0]["lr"] == ckpt["args"]["lr_g"]
-    assert resume(script, "--max_steps 5")["step"] == 5
-    assert train(script, "--max_images 400", out="more")["step"] == 40  # 2 * sqrt(400)
+def test_a_run_of_another_folder_or_of_a_numbered_checkpoint_is_a_new_one():
+    train(gan, "--epochs 2 --keep_every 1")
+    before = {file: file.read_bytes() for file in Path("run").rglob("*.*") if file.is_file()}
+    gan.train(gan.get_args(words("--resume run/checkpoint_epoch_0001.pt --epochs 3 --keep_every 1")))
+    assert sorted(file.name for file in Path("run-2").glob("*.pt")) == [
+        "checkpoint.pt", "checkpoint_epoch_0002.pt", "checkpoint_epoch_0003.pt"]
+    gan.train(gan.get_args(words("--resume run --epochs 3 --out_dir other")))
+    assert gan.load_checkpoint("other/checkpoint.pt")["step"] == 24
+    assert {file: file.read_bytes() for file in before} == before
 
-def test_runs_never_overwrite_each_other_and_the_newest_goes_on(capfd):
-    """--resume alone takes the run that was written last, of those with steps left; times of files do not count."""
-    for seed, flags in enumerate(("", "--out_dir mine", "--out_dir mine", "")):
-        train(gan, "--max_steps 1 --seed", seed, flags, out=None)
-    assert sorted(os.listdir()) == ["data", "mine", "mine-2", "runs"]
-    assert sorted(os.listdir("runs")) == ["gan-digits", "gan-digits-2"]
-    assert "steps left" in error_of(capfd, main, gan, "--resume")
-    stopped(gan, 1, "--max_steps 9 --seed 7", out="runs/gan-a")
-    stopped(gan, 1, "--max_steps 9 --seed 8", out="runs/gan-b")
-    train(gan, "--max_steps 1 --seed 9", out="runs/gan-c")
-    os.utime("runs/gan-a/checkpoint.pt")
-    args = gan.get_args(["--resume"])
-    assert (args.out_dir, args.seed) == ("runs/gan-b", 8)
+def test_rows_that_a_killed_run_wrote_after_its_last_save_are_taken_back(script):
+    """Also half a row; and TensorBoard's."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-def test_run_leaves_what_it_promises(script):
+    train(script, "--max_steps 5 --tensorboard")
+    early = Path("run/checkpoint.pt").read_bytes()
+    resume(script, "--max_steps 9")
+    Path("run/checkpoint.pt").write_bytes(early)
+    with open("run/log.jsonl", "a") as f:
+        f.write('{"step": 10, "lo')
+    resume(script, "--max_steps 8")
+    assert [row["step"] for row in rows()] == list(range(1, 9))
+    events = EventAccumulator("run", {"scalars": 0}).Reload()
+    assert [event.step for event in events.Scalars("loss_d")] == list(range(1, 9))
+
+def test_divergence_stops_and_keeps_the_last_good_state(script, capfd, watch):
+    good, looks = train(script, "--max_steps 2"), []
+    watch(script, lambda state: looks.append(1) or len(looks) == 2 and next(state["netD"].parameters()).data.fill_(np.nan))
+    for flags in ("--save_interval 1", "--lr_g 1e30 --lr_d 1e30"):
+        assert "--lr_g" in error_of(capfd, script.METHOD, "--resume run --max_steps 8", flags)
+    left = script.load_checkpoint("run/checkpoint.pt")
+    assert all(value.isfinite().all() for net in ("netG", "netD", "netG_ema") for value in left[net].values())
+    assert left["step"] >= good["step"]
+
+def test_a_run_leaves_what_it_promises(script):
     ckpt = train(script, "--epochs 3 --keep_every 1 --save_interval 4")
-    assert sorted(os.listdir("run")) == [".lock", "checkpoint.pt", *(f"checkpoint_epoch_{e:04d}.pt" for e in (1, 2, 3)),
+    assert sorted(os.listdir("run")) == ["checkpoint.pt", *(f"checkpoint_epoch_{e:04d}.pt" for e in (1, 2, 3)),
                                          "log.jsonl", "samples", "samples.gif"]
     assert sorted(os.listdir("run/samples")) == ["real.png", *(f"step_{s:08d}.png" for s in range(0, 25, 4))]
     with Image.open("run/samples.gif") as gif:
         assert gif.n_frames == 7
-    log = rows()
-    assert [row["step"] for row in log] == list(range(1, 25))
-    assert log[-1]["epoch"] == 3
+    assert [row["step"] for row in rows()] == list(range(1, 25))
+    assert rows()[-1]["epoch"] == 3
     keys = {"step", "epoch", "time", "loss_d", "loss_g", "D(x)", "D(G(z))", "images/s"}
-    assert set(log[0]) == keys | ({"acc_real", "acc_fake"} if script is acgan else set())
-    assert all(0 < row["D(x)"] < 1 and row["images/s"] > 0 for row in log)
-    assert (ckpt["script"], ckpt["classes"]) == (script.SCRIPT, list("0123456789"))
+    assert set(rows()[0]) == keys | ({"acc_real", "acc_fake"} if script is acgan else set())
+    assert all(0 < row["D(x)"] < 1 and row["images/s"] > 0 for row in rows())
+    assert (ckpt["script"], ckpt["classes"]) == (script.METHOD, list("0123456789"))
 
-def test_tensorboard():
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+def test_runs_never_overwrite_each_other(capfd):
+    for seed, flags in enumerate(("", "--out_dir mine", "--out_dir mine", "")):
+        gan.train(gan.get_args([*TINY, *words("--max_steps 1 --seed", seed, flags)]))
+    assert sorted(os.listdir()) == ["data", "mine", "mine-2", "runs"]
+    assert sorted(os.listdir("runs")) == ["gan-digits", "gan-digits-2"]
+    os.mkdir("there")  # an empty folder, a mounted one say, is taken
+    train_args = gan.get_args([*TINY, *words("--max_steps 1 --out_dir there")])
+    gan.train(train_args)
+    assert Path("there/checkpoint.pt").exists()
 
-    train(gan, "--max_steps 2 --save_interval 1 --tensorboard")
-    events = EventAccumulator("run", {"images": 0, "scalars": 0}).Reload()
-    assert {"loss_d", "loss_g", "D(x)"} <= set(events.Tags()["scalars"])
-    assert len(events.Images("samples")) == 3  # one before the first step
+@pytest.mark.parametrize("error", [FileExistsError(17, "File exists"), OSError(37, "No locks available")])
+def test_no_folders_without_end(error, capfd, monkeypatch):
+    """Whatever the file system says of a new folder."""
+    made = []
+
+    def refused(path, *args, **kwargs):
+        made.append(path)
+        raise error
+
+    monkeypatch.setattr(Path, "mkdir", refused)
+    monkeypatch.setattr(dcgan, "load_data", lambda *args: (torch.zeros(8, 16, 16, 1, dtype=torch.uint8), torch.zeros(8, dtype=int), []))
+    error_of(capfd, "dcgan", *TINY, "--max_steps 1 --out_dir x")
+    assert len(made) <= 1000
+
+# -------------------------------------------------------------------------------------- the method
+
+@pytest.mark.parametrize(("flags", "n", "expected"), [
+    ("", 16, 500), ("", 400, 5000), ("", 10**6, 6000), ("--max_steps 3000", 16, 3000), ("--epochs 600", 16, 1200)])
+def test_few_images_end_a_run_early(flags, n, expected, monkeypatch):
+    """n images after 250 passes or 250 * sqrt(n) steps of 8 images, before the rates fall; a length that is typed is kept."""
+    monkeypatch.setitem(dcgan.DATASETS["digits"], "max_steps", 6000)
+    run = dcgan.Run(dcgan.get_args([*TINY, *words(flags)]))
+    run.epoch_size, run.state = n, {"netG_ema": dcgan.Generator(8, 4, 1, 16)}
+    run.plan()
+    assert run.total == expected
+
+@pytest.mark.parametrize(("flags", "expected"), [
+    ("--dataset my_images", (64, 3, False, 24000, 2e-3, 1e-3, "r1")), ("--dataset celeba", (64, 3, True, 24000, 2e-3, 1e-3, "r1")),
+    ("--dataset mnist --lr_g 1 --lr_d 0", (32, 1, False, 6000, 1, 0, "r1")),
+    ("--dataset cifar10 --recipe paper", (32, 3, True, 24000, 2e-4, 2e-4, "none")),
+    ("--recipe paper --img_size 16 --nc 3 --hflip --lr_g 3 --epochs 2", (16, 3, True, None, 3, 2e-4, "none"))])
+def test_layers_of_flags(flags, expected):
+    """The default; over it the data set's size, channels, flips and length; the recipe; what is typed."""
+    args = dcgan.get_args(words(flags))
+    assert (args.img_size, args.nc, args.hflip, args.max_steps, args.lr_g, args.lr_d, args.gp) == expected
+
+def test_help_shows_the_defaults_of_the_data_set(capfd):
+    for flags, size in (("", 32), ("--dataset celeba", 64)):
+        with pytest.raises(SystemExit):
+            main("dcgan", flags, "--help")
+        assert f"height and width (default: {size})" in capfd.readouterr().out
 
 def test_ema(script, watch):
-    """netG_ema is the average by hand, whose decay is shorter at first; its weights have no gradients or graph."""
+    """netG_ema is the average by hand, BatchNorm's statistics included, whose decay is shorter at first."""
     seen, nets = [], {}
-    watch(script, lambda state: nets.update(state) or seen.append([w.detach().clone() for w in nets["netG"].parameters()]))
-    train(script, "--max_steps 4 --ema 0.3 --lr 0.01")
+    watch(script, lambda state: nets.update(state) or seen.append({k: w.clone() for k, w in nets["netG"].state_dict().items()}))
+    train(script, "--max_steps 4 --ema 0.3 --lr_g 0.01")
     average = seen[0]
     for step, new in enumerate(seen[1:]):
         decay = min(0.3, (1 + step) / (10 + step))
-        average = [decay * old + (1 - decay) * w for old, w in zip(average, new)]
-    torch.testing.assert_close([*nets["netG_ema"].parameters()], average)
+        average = {k: decay * old + (1 - decay) * new[k] if old.is_floating_point() else old for k, old in average.items()}
+    torch.testing.assert_close(dict(nets["netG_ema"].state_dict()), average)
+    assert any("running_var" in name for name in average)
     assert not any(w.requires_grad or w.grad_fn for w in nets["netG_ema"].parameters())
 
-def test_the_average_has_statistics_of_its_own(script):
-    """BatchNorm's of netG_ema are what torch.optim.swa_utils.update_bn finds for its weights, of classes in turn."""
-    ckpt = train(script, "--max_steps 5 --lr 0.05")
-    netG, _ = script.load_generator("run/checkpoint.pt")
-    inputs = [torch.from_numpy(script.latents(0, 0, 512, 8))]
-    if script is acgan:
-        inputs.append(torch.arange(512) % 10)
-    forward = netG.forward
-    netG.forward = lambda some: forward(*some)
-    torch.optim.swa_utils.update_bn([(some,) for some in zip(*(x.split(64) for x in inputs))], netG)
-    buffers = {name: value for name, value in netG.named_buffers() if "running" in name}
-    torch.testing.assert_close(buffers, {name: ckpt["netG_ema"][name] for name in buffers})
-    far = [(value - ckpt["netG"][name]).abs().max() for name, value in buffers.items() if name.endswith("var")]
-    assert min(far) > 1e-3  # netG's own are others
-
-def test_d_steps_hold_netG_still(script):
+def test_d_steps_and_pretraining_hold_netG_still(script):
     ckpt = train(script, "--max_steps 6 --d_steps 3")
     assert [{int(w["step"]) for w in ckpt[opt]["state"].values()} for opt in ("optG", "optD")] == [{2}, {6}]
     assert ["loss_g" in row for row in rows()] == [False, False, True] * 2
+    if script is not gan:
+        ckpt = train(script, "--max_steps 6 --pretrain_d 4", out="pretrained")
+        assert [{int(w["step"]) for w in ckpt[opt]["state"].values()} for opt in ("optG", "optD")] == [{2}, {6}]
 
-def test_aux_g_weighs_the_class_in_netG_alone():
-    """The first step of netD does not know it, that of netG does."""
+def test_the_class_head():
+    """That of the paper has one row a class, that of adc two; --aux_g weighs the class in netG alone."""
+    for aux, n in (("acgan", 10), ("adc", 20)):
+        start, end = (train(acgan, "--batch_size 64 --max_steps 1 --aux", aux, f"--lr_g {lr} --lr_d {lr}", out=f"{aux}{lr}")["netD"]["aux.weight"]
+                      for lr in (0, 1))
+        assert len(start) == n
+        assert (start != end).flatten(1).any(1).all()
     light, heavy = (train(acgan, "--max_steps 1 --aux_g", weight, out=f"run{weight}") for weight in (0, 5))
     assert_same(light["netD"], heavy["netD"])
     assert not torch.equal(light["netG"]["label_emb.weight"], heavy["netG"]["label_emb.weight"])
 
-def test_adc_has_classes_of_its_own_for_fakes():
-    """The head of the paper has one row a class, that of adc two; after a step each row has moved."""
-    for aux, n in (("acgan", 10), ("adc", 20)):
-        start, end = (train(acgan, "--batch_size 64 --max_steps 1 --aux", aux, lr, out=f"{aux}{lr[-1]}")["netD"]["aux.weight"]
-                      for lr in ("--lr 0", "--lr 1"))
-        assert len(start) == n
-        assert (start != end).flatten(1).any(1).all()
-
-@pytest.mark.parametrize(("decay", "expected"), [
-    ("none", [1] * 8), ("linear", [1] * 5 + [0.75, 0.5, 0.25])])
-def test_lr_decay_runs_over_the_whole_run(script, decay, expected, watch):
+@pytest.mark.parametrize(("flags", "expected"), [
+    ("--lr_decay none --epochs 1", [1] * 8), ("--lr_decay linear --epochs 1", [1] * 5 + [0.75, 0.5, 0.25]),
+    ("--lr_decay step --lr_step 2 --max_images 16 --epochs 5", [1] * 4 + [0.5] * 4 + [0.25] * 2)])
+def test_lr_decay_runs_over_the_whole_run(flags, expected, watch):
     """Also where it is stopped and gone on with in the middle."""
     rates = []
-    watch(script, lambda state: rates.append([state[opt].param_groups[0]["lr"] for opt in ("optG", "optD")]))
-    stopped(script, 3, "--epochs 1 --lr 1e-3 --lr_g 2e-3 --lr_decay", decay)
-    resume(script)
+    watch(dcgan, lambda state: rates.append([state[opt].param_groups[0]["lr"] for opt in ("optG", "optD")]))
+    stopped(dcgan, 3, "--lr_d 1e-3 --lr_g 2e-3", flags)
+    resume(dcgan)
     np.testing.assert_allclose(rates[1:4] + rates[5:], np.outer(expected, [2e-3, 1e-3]))
 
 TRICKS = ["--dropout 0.5", "--hflip", "--beta1 0.9", "--beta2 0.9", "--lr_d 1e-4", "--lr_g 1e-4", "--precision bf16",
@@ -224,31 +262,10 @@ def test_replay_shows_netD_old_fakes():
         assert shown.shape == (8, 1)
         assert (shown == step).sum() >= 4
         assert shown.min() >= step - 8
+        assert len(replay.state_dict()["old"]) <= 64
     assert (shown < step).any()
 
-def test_pretraining_holds_netG_still(capfd):
-    """netD, and acgan.py's class head, learn on an untrained netG; the number of netG's steps is said."""
-    for script in (dcgan, acgan):
-        ckpt = train(script, "--max_steps 6 --pretrain_d 4", out=script.SCRIPT)
-        assert "6 netD steps, 2 netG steps" in capfd.readouterr().out
-        assert [{int(w["step"]) for w in ckpt[opt]["state"].values()} for opt in ("optG", "optD")] == [{2}, {6}]
-
-def test_lr_decay_by_steps(watch):
-    """--lr_step 2: halved after every second epoch."""
-    rates = []
-    watch(dcgan, lambda state: rates.append(state["optG"].param_groups[0]["lr"]))
-    train(dcgan, "--epochs 5 --max_images 16 --lr 1 --lr_decay step --lr_step 2")
-    assert rates[1:] == [1] * 4 + [0.5] * 4 + [0.25] * 2
-
-def test_divergence_stops_and_keeps_the_last_good_state(script, capfd, watch):
-    good, looks = train(script, "--max_steps 2"), []
-    watch(script, lambda state: looks.append(1) or len(looks) == 2 and next(state["netD"].parameters()).data.fill_(np.nan))
-    assert "--lr" in error_of(capfd, resume, script, "--max_steps 8 --save_interval 1")  # its losses are finite still
-    assert rows()[-1]["step"] == 2
-    assert "--lr" in error_of(capfd, resume, script, "--lr 1e30 --max_steps 8 --save_interval 1")
-    left = script.load_checkpoint("run/checkpoint.pt", [script.SCRIPT])
-    assert all(value.isfinite().all() for net in ("netG", "netD", "netG_ema") for value in left[net].values())
-    assert left["step"] >= good["step"]
+# ------------------------------------------------------------------------------- several processes
 
 CHECK = f"""
 import sys, torch, torch.distributed as dist
@@ -259,55 +276,29 @@ def checked(run, **state):
     for step, real, labels in steps(run, **state):
         seen.append((run.seen // run.epoch_size, [image.numpy().tobytes() for image in real]))
         yield step, real, labels
-    weights = torch.cat([w.detach().flatten() for name in ("netG", "netD") for w in state[name].parameters()])
-    both, every = [torch.zeros_like(weights) for _ in range(2)], [None, None]
-    dist.all_gather(both, weights)
-    assert torch.equal(*both), "weights differ between the processes"
-    for epoch in range(2):
-        dist.all_gather_object(every, {{image for e, images in seen for image in images if e == epoch}})
-        assert len(every[0]) == len(every[1]) == 32 and not every[0] & every[1], "shards overlap"
-    print("checked", flush=True)
+        if step == 7:
+            weights = torch.cat([w.detach().flatten() for name in ("netG", "netD") for w in state[name].parameters()])
+            both, every = [torch.zeros_like(weights) for _ in range(2)], [None, None]
+            dist.all_gather(both, weights)
+            assert torch.equal(*both), "weights differ between the processes"
+            for epoch in range(2):
+                dist.all_gather_object(every, {{image for e, images in seen for image in images if e == epoch}})
+                assert len(every[0]) == len(every[1]) == 32 and not every[0] & every[1], "shards overlap"
+            print("checked", flush=True)
 acgan.Run.steps = checked
 acgan.main()
 """
 
 @POSIX
 def test_torchrun():
-    """Equal weights everywhere, disjoint shards that cover each epoch, one writer; and on to one process."""
+    """Equal weights everywhere, disjoint shares that cover each epoch, one writer; and on to one process."""
     Path("check.py").write_text(CHECK)
-    argv = words("-m torch.distributed.run --standalone --nproc_per_node 2 check.py", *TINY, "--out_dir run --epochs 2",
-                 "--pretrain_d 3 --d_steps 2")
-    done = subprocess.run([sys.executable, *argv], text=True, capture_output=True, timeout=300, check=False)
+    done = run(sys.executable, "-m torch.distributed.run --standalone --nproc_per_node 2 check.py", *TINY,
+               "--out_dir run --epochs 2 --pretrain_d 3 --d_steps 2")
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.count("checked") == 2
     assert [row["step"] for row in rows()] == list(range(1, 9))
     assert resume(acgan, "--epochs 3")["step"] == 16
-
-def test_two_processes_stop_together():
-    """The signal comes to one of them only: neither waits for the other, and one has saved."""
-    env = {"WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": str(20000 + os.getpid() % 10000)}
-    both = [forked(main, "gan", *TINY, "--epochs 100000 --out_dir run", said=f"said{rank}.txt",
-                   env=env | {"RANK": str(rank), "LOCAL_RANK": str(rank)}) for rank in range(2)]
-    until = time.time() + 120
-    while not Path("run/log.jsonl").exists() and time.time() < until:
-        time.sleep(0.1)
-    os.kill(both[1].pid, signal.SIGTERM)
-    assert [ended(process, 60) for process in both] == [128 + signal.SIGTERM] * 2, Path("said0.txt").read_text()
-    assert "--resume" in Path("said0.txt").read_text()
-    assert gan.load_checkpoint("run/checkpoint.pt", ["gan"])["step"] == rows()[-1]["step"] >= 1
-
-def test_real_mnist_trains(script, data_dir):
-    os.mkdir("data")
-    os.symlink(data_dir / "MNIST", "data/MNIST")  # the cache is written beside it
-    flags = "--dataset mnist --max_images 512 --ngf 16 --ndf 16 --epochs 2 --batch_size 64 --gp_weight 0"
-    script.train(script.get_args(words(flags, "--out_dir run --log_interval 1")))
-    log = rows()
-    assert log[-1]["D(x)"] > log[-1]["D(G(z))"]
-    assert log[-1]["loss_d"] < log[0]["loss_d"]
-
-def test_real_cifar10_zip_trains(data_dir):
-    ckpt = train(acgan, "--dataset", data_dir / "cifar10_train.zip", "--img_size 32 --max_steps 3")
-    assert (len(ckpt["classes"]), ckpt["config"]["nc"]) == (10, 3)
 
 @pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
 def test_compile(backend, monkeypatch):
