@@ -3,12 +3,12 @@
 A generator (netG) makes pictures of a given class. A discriminator (netD) tells real from fake and,
 with a second head, names the class. The nets are those of dcgan.py.
 
-    python acgan.py                                            # embedded digits, no download
-    python acgan.py --dataset cifar10                          # or a folder with a folder for each class
-    python acgan.py --recipe paper                             # nearly the paper's
-    python acgan.py --resume runs/acgan-digits                 # go on with a run that was stopped
-    python acgan.py --sample runs/acgan-digits --labels 3,7    # a column for each class
-    torchrun --nproc_per_node 2 acgan.py                       # one process for each GPU
+    python acgan.py                               # embedded digits, no download
+    python acgan.py --dataset cifar10             # or a folder with a folder for each class
+    python acgan.py --recipe paper                # nearly the paper's
+    python acgan.py --resume runs/acgan-digits    # go on with a run that was stopped
+    python acgan.py --sample runs/acgan-digits --labels 3,7
+    torchrun --nproc_per_node 2 acgan.py          # one process for each GPU
 
 z is multiplied by a learned vector of the class, where the paper appends the class to it.
 
@@ -16,7 +16,8 @@ The default is not the paper's. netD's class head has 2n outputs for n classes (
 2022): for netD a real image of class k is k, a fake one n + k; netG raises k and lowers n + k. With
 n outputs, as in the paper, the pictures of a class become too much alike. The gradient penalty (R1)
 has three times dcgan.py's weight, and with 2n outputs is on the class head, too. The rest is as in
-dcgan.py. MNIST takes 6 minutes on one core of an AMD EPYC (benchmarks/RESULTS.md).
+dcgan.py. MNIST takes 8 minutes on one core of an AMD EPYC that has bfloat16 instructions, 23 on one
+that has not (benchmarks/RESULTS.md).
 
 Left out: dcgan.py's --init, --sn, --loss, --gp, --replay, --optim_g, --optim_d, --lr_step.
 """
@@ -39,8 +40,8 @@ DATASETS = {  # defaults that --dataset changes
     "cifar10": {"img_size": 32, "hflip": True},
     "celeba": {"hflip": True},
 }
-# Defaults that --recipe paper changes: appendix A, CIFAR-10. At --img_size 32 netG has its widths; netD
-# has 3 hidden layers, where the paper has 6.
+# Defaults that --recipe paper changes: appendix A, CIFAR-10. At --img_size 32 netG has its widths;
+# netD has 3 hidden layers, where the paper has 6.
 PAPER = {
     "ngf": 96, "ndf": 64, "batch_size": 100, "lr_g": 2e-4, "lr_d": 2e-4, "lr_decay": "none",
     "gp_weight": 0.0, "ema": 0.0, "aux": "acgan", "dropout": 0.5,
@@ -49,7 +50,7 @@ PAPER = {
 def add_method_flags(group):
     # number(int, 1) takes an int from 1 on, number(float, 0, 1) a float from 0 to 1.
     flag = group.add_argument
-    flag("--img_size", type=int, choices=(16, 32, 64, 128, 256), default=64, help="height and width")
+    flag("--img_size", type=int, choices=(16, 32, 64, 128, 256), default=64, help="height, width")
     flag("--nz", type=number(int, 1), default=100, help="size of the latent vector")
     flag("--ngf", type=number(int, 1), default=64, help="channels of netG's last hidden layer")
     flag("--ndf", type=number(int, 1), default=32, help="channels of netD's first layer")
@@ -62,8 +63,8 @@ def add_method_flags(group):
          help="of both rates; linear: to 0 in the second half of --max_steps")
     flag("--beta1", type=number(float, 0, 0.999999), default=0.5, help="Adam's, of the mean")
     flag("--beta2", type=number(float, 0, 0.999999), default=0.999, help="Adam's, of the square")
-    flag("--aux", choices=("adc", "acgan"), default="adc", help="class head: 2n outputs, or the paper's n")
-    flag("--aux_g", type=number(float, 0), default=1.0, help="weight of netG's class loss; netD's: 1")
+    flag("--aux", choices=("adc", "acgan"), default="adc", help="class head: 2n or n outputs")
+    flag("--aux_g", type=number(float, 0), default=1.0, help="weight of netG's class loss")
     flag("--gp_weight", type=number(float, 0), default=0.9, help="weight of the penalty; 0: none")
     flag("--gp_every", type=number(int, 1), default=4, metavar="N",
          help="penalty in every N-th step, N times as heavy")
@@ -71,10 +72,10 @@ def add_method_flags(group):
          help="decay of netG's average, which draws the samples; 0: no average")
 
     # Tricks that articles teach: none is on by default, and none needed to read on.
-    flag("--real_label", type=number(float, 0, 1), default=1.0, help="target for real; 0.9: smoothed")
+    flag("--real_label", type=number(float, 0, 1), default=1.0, help="0.9: smoothed")
     flag("--fake_label", type=number(float, 0, 1), default=0.0, help="target for fake")
     flag("--dropout", type=number(float, 0, 0.999999), default=0.0, help="probability in netD")
-    flag("--d_steps", type=number(int, 1), default=1, help="netD steps, on new images, for one of netG")
+    flag("--d_steps", type=number(int, 1), default=1, help="steps of netD for one of netG")
     flag("--pretrain_d", type=number(int, 0), default=0, metavar="STEPS",
          help="train netD alone first, on pictures of the untrained netG")
 
@@ -129,7 +130,7 @@ class Discriminator(nn.Module):
         return self.adv(x).flatten(), self.aux(x).flatten(1)
 
 def weights_init(net):
-    """N(0, 0.02), section 4 of DCGAN's paper; BatchNorm scales N(1, 0.02), their code. label_emb keeps
+    """N(0, 0.02), DCGAN's section 4; BatchNorm scales N(1, 0.02), their code. label_emb keeps
     PyTorch's N(0, 1)."""
     for m in net.modules():
         if isinstance(m, nn.BatchNorm2d):
@@ -177,7 +178,7 @@ def gradient_penalty(netD, real, labels, fake_offset):
     logit + c[k] - c[n + k], that is logit + log P(k) - log P(n + k).
     """
     x = real.detach().requires_grad_()
-    score, class_logits = netD.forward(x)  # .forward: never compiled, for it needs second derivatives
+    score, class_logits = netD.forward(x)  # which is never compiled: second derivatives
     if fake_offset > 0:  # adc
         rows = torch.arange(len(x), device=x.device)
         real_k = class_logits[rows, labels]
@@ -272,9 +273,9 @@ def train(args):
                 average.lerp_(w, 1 - decay)  # decay * average + (1 - decay) * w
 
 # ---------------------------------------------------------------------------------------- PLUMBING
-# The same lines in gan.py, dcgan.py and acgan.py. They need METHOD, DATASETS, PAPER, add_method_flags,
-# train, and Generator, with its arguments in netG.config: nz, nc and img_size. A net with classes has
-# n_classes, too, and is called as netG(z, labels).
+# The same lines in gan.py, dcgan.py and acgan.py. They need METHOD, DATASETS, PAPER, train,
+# add_method_flags, and Generator, with its arguments in netG.config: nz, nc and img_size. A net
+# with classes has n_classes, too, and is called as netG(z, labels).
 
 import argparse
 import collections
@@ -348,17 +349,19 @@ def make_parser():
 
     group = parser.add_argument_group("run")
     flag = group.add_mutually_exclusive_group().add_argument
-    flag("--recipe", choices=("default", "paper"), default="default", help="paper: nearly its authors'")
+    flag("--recipe", choices=("default", "paper"), default="default",
+         help="paper: nearly what its authors chose")
     flag("--resume", metavar="RUN", help="go on with the run in this folder, or from a checkpoint")
     flag("--sample", metavar="RUN", help="draw pictures, from a run's folder or a checkpoint")
     flag = group.add_argument
-    flag("--epochs", type=number(int, 1), default=250, help="length in passes over the data, not --max_steps")
+    flag("--epochs", type=number(int, 1), default=250,
+         help="length in passes over the data, in place of --max_steps")
     flag("--seed", type=number(int, 0, 2**63 - 1), default=0, help="of training and of latents")
     flag("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps")
     flag("--precision", choices=("auto", "fp32", "bf16"), default="auto", help="auto: bf16 if fast")
     flag("--compile", action=switch, default=False, help="torch.compile both nets: for long runs")
     flag("--out_dir", help=f"for the run (runs/{METHOD}-DATASET); another run's: -2, ...")
-    flag("--save_interval", type=number(int, 1), metavar="STEPS", help="if none, 50 saves, 100 steps apart or more")
+    flag("--save_interval", type=number(int, 1), metavar="STEPS", help="if none, some 50 saves")
     flag("--keep_every", type=number(int, 1), metavar="EPOCHS", help="keep a checkpoint that often")
     flag("--log_interval", type=number(int, 1), default=50, metavar="STEPS", help="of log.jsonl")
     flag("--tensorboard", action=switch, default=False, help="scalars and grids for TensorBoard")
@@ -402,8 +405,9 @@ def get_args(argv=None):
 # -------------------------------------------------------------------------------------------- data
 
 def find_images(args):
-    """--dataset -> names of its images; open_image(name) -> PIL image; labels (N), -1 for none; names
-    of the classes; a stamp that changes with any image; [(reason, name)] of what is left out."""
+    """--dataset -> names of its images; open_image(name) -> PIL image; labels (N), -1 for none;
+    names of the classes; a stamp that changes with any image; [(reason, name)] of what is left out.
+    """
     if args.dataset == "digits":
         names = range(args.max_images or 20000)
         draw = functools.partial(draw_digit, size=args.img_size)
@@ -412,10 +416,7 @@ def find_images(args):
         pattern = f"{glob.escape(args.data_dir)}/**/img_align_celeba"
         if not glob.glob(pattern, recursive=True):
             download("CelebA", args)
-        found = list_folder(min(glob.glob(pattern, recursive=True)))
-        if len(found[0]) < 202599:
-            print(f"{len(found[0])} of CelebA's 202599 images are there", file=sys.stderr)
-        return found
+        return list_folder(min(glob.glob(pattern, recursive=True)))
     kinds = {"mnist": "MNIST", "fashion_mnist": "FashionMNIST", "cifar10": "CIFAR10"}
     if args.dataset in kinds:
         data = download(kinds[args.dataset], args)
@@ -425,19 +426,22 @@ def find_images(args):
     return list_folder(args.dataset)
 
 def download(kind, args):
-    """torchvision's data set, downloaded if it is not there yet; not by several processes at once."""
+    """torchvision's data set, downloaded if it is not there yet, but not by several processes."""
     from torchvision import datasets  # here and not above: --help need not wait for it
     try:
         return getattr(datasets, kind)(args.data_dir, download=WORLD_SIZE == 1)
     except Exception as e:  # noqa: BLE001  no network, a quota, damaged files: one way out of all
-        fail(f"--dataset {args.dataset}: not in {args.data_dir}, and no download (never under torchrun): "
-             f"put its files there, of celeba the folder img_align_celeba: {e}")
+        fail(f"--dataset {args.dataset}: no download (under torchrun there is none); put its files "
+             f"into {args.data_dir}, of celeba the folder img_align_celeba: {e}")
 
 def list_folder(folder):
     """find_images of a folder, behind links too. The folder that an image lies in is its class."""
     stamps, left_out, entered = {}, [], set()
-    walk = os.walk(folder, onerror=lambda e: left_out.append((e.strerror, e.filename)), followlinks=True)
-    for place, subfolders, files in walk:
+
+    def no_entry(e):
+        left_out.append((e.strerror, e.filename))
+
+    for place, subfolders, files in os.walk(folder, onerror=no_entry, followlinks=True):
         real = os.path.realpath(place)
         if real in entered or "checkpoint.pt" in files:
             why_not = "listed already" if real in entered else "a run's folder"
@@ -453,7 +457,8 @@ def list_folder(folder):
                 stat = path.stat()  # ctime, for after mv another file may have the same mtime
                 stamps[name] = stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns
             else:
-                left_out.append(("no image, by its name" if path.exists() else "a link to nothing", name))
+                why_not = "no image, by its name" if path.exists() else "a link to nothing"
+                left_out.append((why_not, name))
     names = sorted(stamps)
     if not names:
         fail(f"--dataset {folder}: no folder with images; unpack archives; {summary(left_out)}")
@@ -484,7 +489,7 @@ def draw_digit(i, size):
     return img.rotate(rng.uniform(-6, 6), Image.Resampling.BILINEAR, fillcolor=paper)
 
 def to_pixels(img, size, nc):
-    """PIL image -> bytes (size, size, nc): upright, its middle, resized, transparent parts white."""
+    """PIL image -> bytes (size, size, nc): upright, its middle, resized, on white."""
     mode = "L" if nc == 1 else "RGB"
     if img.mode[0] in "IF":
         raise ValueError("with more than 8 bits a channel: convert them")
@@ -502,7 +507,7 @@ def load_data(args, labelled=False):
     chosen = np.arange(len(names))
     if labelled:
         if len(classes) < 2:
-            fail(f"--dataset {args.dataset}: no classes; give a folder with a folder for each class")
+            fail(f"--dataset {args.dataset}: no classes; give one with a folder for each class")
         chosen = chosen[labels >= 0]
         left_out += [("in no class's folder", names[i]) for i in np.flatnonzero(labels < 0)]
     some = np.random.default_rng(0).permutation(len(chosen))[:args.max_images]  # None: all
@@ -528,8 +533,8 @@ def load_data(args, labelled=False):
     return images, torch.from_numpy(labels[readable]), classes
 
 def decode(names, open_image, chosen, args, cache):
-    """Writes the pixels of all images that can be read; then, in JSON, which of the names they are, and
-    why others are left out; then, in 8 bytes, how long the JSON is."""
+    """Writes the pixels of all images that can be read; then, in JSON, which of the names they are,
+    and why others are left out; then, in 8 bytes, how long the JSON is."""
     def read(i):
         try:
             img = open_image(names[i])
@@ -556,8 +561,8 @@ def decode(names, open_image, chosen, args, cache):
 # ---------------------------------------------------------------------------------------- sampling
 
 def latents(seed, n, nz):
-    """The first n latents of a seed: float32 (n, nz) ~ N(0, 1), by Philox and Box-Muller, so that every
-    language can make the same ones. infer_ort.py says how."""
+    """The first n latents of a seed: float32 (n, nz) ~ N(0, 1), by Philox and Box-Muller, so that
+    every language can make the same ones. infer_ort.py says how."""
     words = np.random.Philox(key=seed).random_raw(n * math.ceil(nz / 4) * 4).reshape(n, -1, 2)
     u = ((words >> np.uint64(11)) + 0.5) * 2.0**-53  # two uniform numbers make two normal ones
     r = np.sqrt(-2 * np.log(u[..., 0]))
@@ -631,7 +636,7 @@ def load_checkpoint(path):
             ckpt = torch.load(f, map_location="cpu", weights_only=True)  # which runs no code
             method = ckpt["script"]
         except Exception:  # noqa: BLE001  damaged files make torch raise nearly anything
-            fail(f"{path}: damaged, or no checkpoint of these scripts (export.py takes others' DCGANs)")
+            fail(f"{path}: damaged, or no checkpoint of these scripts (export.py takes others)")
     if method != METHOD:
         fail(f"{path} is of {method}.py")
     return ckpt
@@ -691,7 +696,7 @@ class Run:
         if kind == "cuda" and self.images.nbytes < torch.cuda.mem_get_info()[0] / 2:
             self.images, self.labels = self.images.to(self.device), self.labels.to(self.device)
         torch.manual_seed(args.seed)  # for the nets that train() makes next
-        torch.empty(2**25 - 2**16, dtype=torch.uint8)  # freed at once: glibc then keeps large blocks
+        torch.empty(2**25 - 2**16, dtype=torch.uint8)  # freed: glibc then keeps blocks this large
 
     def agree(self, number, operation):
         """The least or the greatest of the processes' numbers: dist.ReduceOp.MIN or MAX."""
@@ -771,7 +776,7 @@ class Run:
         if args.epochs:
             lengths.append(self.step + (args.epochs * self.epoch_size - self.seen) // self.batch)
         if args.max_steps and args.epochs:  # none was typed
-            # netD knows few images by heart after a while, and pictures get worse again: of n images
+            # Few images netD knows by heart after a while, and pictures get worse again: n images
             # after 250 passes or 250 * sqrt(n) steps, whichever is sooner.
             lengths.append(int(args.epochs * math.sqrt(self.epoch_size)))
         self.total = min(lengths)
@@ -804,11 +809,11 @@ class Run:
         signal.signal(signum, signal.default_int_handler)  # which raises KeyboardInterrupt
 
     def take_folder(self):
-        """Sets out_dir: that of --resume; or a new one, which belongs to who makes samples/ in it."""
+        """Sets out_dir: that of --resume; or a new one, whose owner is who makes samples/ in it."""
         args = self.args
         name = str(Path(args.out_dir or f"runs/{METHOD}-{Path(args.dataset).resolve().name}"))
-        # From a numbered checkpoint on, or into another folder, it is another run.
-        goes_on = args.resume is not None and checkpoint_in(args.resume) == Path(name, "checkpoint.pt")
+        own = Path(name, "checkpoint.pt")  # from a numbered one on, it is another run
+        goes_on = args.resume is not None and checkpoint_in(args.resume) == own
         for suffix in ("", *(f"-{k}" for k in range(2, 1000))):
             self.out_dir = Path(name + suffix)
             try:
@@ -834,8 +839,8 @@ class Run:
               f"{WORLD_SIZE} x {self.device}, {self.total} steps -> {self.out_dir}", flush=True)
 
     def next_batch(self):
-        """The order comes from (seed, epoch), all other randomness from (seed, step, rank): a resume
-        needs no random state."""
+        """The order comes from (seed, epoch), all other randomness from (seed, step, rank): a
+        resume needs no random state."""
         args, device = self.args, self.device
         epoch, start = divmod(self.seen, self.epoch_size)
         if start == 0 or not hasattr(self, "order"):
@@ -941,7 +946,7 @@ def keep_going(stream):
     return stream
 
 def main():
-    """The command line. One line for what the user can mend, as a full disk; a bug has its traceback."""
+    """What the user can mend, a full disk say, is one line; a bug keeps its traceback."""
     sys.stdout, sys.stderr = keep_going(sys.stdout), keep_going(sys.stderr)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # or unfinished files would stay
     try:

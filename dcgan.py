@@ -13,7 +13,8 @@ game: netD learns to tell real pictures from netG's, netG to make those that net
 The default is not the paper's: netD has a gradient penalty (R1), samples come from a moving average
 of netG (EMA), nets and batches are smaller, and the learning rates are 10 times (netG) and 5 times
 (netD) the paper's and fall to 0 in the second half of --max_steps. (Few images end a run before.)
-64x64 faces (UTKFace) take 122 minutes on one core of an AMD EPYC, MNIST takes 7.
+64x64 faces (UTKFace) take 122 minutes on one core of an AMD EPYC that has bfloat16 instructions,
+MNIST takes 7; without them 20 (benchmarks/RESULTS.md).
 """
 
 import copy
@@ -35,8 +36,8 @@ DATASETS = {  # defaults that --dataset changes
     "cifar10": {"img_size": 32, "hflip": True},
     "celeba": {"hflip": True},
 }
-# Defaults that --recipe paper changes: section 4; figure 1 for netG, the authors' code for netD. Still
-# not theirs: z is normal, not uniform; kernels are 4x4, not 5x5; cifar10 and celeba are flipped.
+# Defaults that --recipe paper changes, by section 4, figure 1 (netG) and the authors' code (netD).
+# Not theirs: z is normal, not uniform; kernels are 4x4, not 5x5; cifar10 and celeba are flipped.
 PAPER = {
     "ngf": 128, "ndf": 128, "batch_size": 128, "lr_g": 2e-4, "lr_d": 2e-4, "lr_decay": "none",
     "gp": "none", "ema": 0.0,
@@ -45,7 +46,7 @@ PAPER = {
 def add_method_flags(group):
     # number(int, 1) takes an int from 1 on, number(float, 0, 1) a float from 0 to 1.
     flag = group.add_argument
-    flag("--img_size", type=int, choices=(16, 32, 64, 128, 256), default=64, help="height and width")
+    flag("--img_size", type=int, choices=(16, 32, 64, 128, 256), default=64, help="height, width")
     flag("--nz", type=number(int, 1), default=100, help="size of the latent vector")
     flag("--ngf", type=number(int, 1), default=64, help="channels of netG's last hidden layer")
     flag("--ndf", type=number(int, 1), default=32, help="channels of netD's first layer")
@@ -58,7 +59,7 @@ def add_method_flags(group):
          help="of both rates; linear: to 0 in the second half of --max_steps")
     flag("--beta1", type=number(float, 0, 0.999999), default=0.5, help="Adam's, of the mean")
     flag("--beta2", type=number(float, 0, 0.999999), default=0.999, help="Adam's, of the square")
-    flag("--gp", choices=("none", "r1", "interpolate"), default="r1", help="gradient penalty on netD")
+    flag("--gp", choices=("none", "r1", "interpolate"), default="r1", help="gradient penalty")
     flag("--gp_weight", type=number(float, 0), default=0.3, help="for interpolate its paper has 10")
     flag("--gp_every", type=number(int, 1), default=4, metavar="N",
          help="penalty in every N-th step, N times as heavy")
@@ -67,8 +68,8 @@ def add_method_flags(group):
 
     # Tricks that articles teach: none is on by default, and none needed to read on.
     flag("--loss", choices=("bce", "hinge"), default="bce", help="bce: cross-entropy")
-    flag("--real_label", type=number(float, 0, 1), default=1.0, help="bce's target for real; 0.9: smoothed")
-    flag("--fake_label", type=number(float, 0, 1), default=0.0, help="bce's target for fake")
+    flag("--real_label", type=number(float, 0, 1), default=1.0, help="0.9: smoothed (bce)")
+    flag("--fake_label", type=number(float, 0, 1), default=0.0, help="0.1: smoothed (bce)")
     flag("--sn", action="store_true", help="spectral norm in netD, in place of BatchNorm")
     flag("--dropout", type=number(float, 0, 0.999999), default=0.0, help="probability in netD")
     flag("--init", choices=("dcgan", "he", "xavier"), default="dcgan", help="dcgan: N(0, 0.02)")
@@ -76,10 +77,10 @@ def add_method_flags(group):
     flag("--optim_d", choices=("adam", "rmsprop"), default="adam", help="optimizer of netD")
     flag("--lr_step", type=number(int, 1), default=10, metavar="N",
          help="with --lr_decay step: halve the rates every N epochs")
-    flag("--d_steps", type=number(int, 1), default=1, help="netD steps, on new images, for one of netG")
+    flag("--d_steps", type=number(int, 1), default=1, help="steps of netD for one of netG")
     flag("--pretrain_d", type=number(int, 0), default=0, metavar="STEPS",
          help="train netD alone first, on pictures of the untrained netG")
-    flag("--replay", type=number(float, 0, 1), default=0.0, help="share of netD's fakes that are old ones")
+    flag("--replay", type=number(float, 0, 1), default=0.0, help="share of old fakes for netD")
 
 # -------------------------------------------------------------------------------------------- nets
 
@@ -151,7 +152,7 @@ def weights_init(net, init="dcgan"):
 # ------------------------------------------------------------------------------------------ losses
 
 def d_loss(real_logits, fake_logits, args):
-    """-log D(x) - log(1 - D(G(z))): minus eq. 1 of Goodfellow et al. 2014. Or hinge, Miyato 2018."""
+    """-log D(x) - log(1 - D(G(z))): minus eq. 1 of Goodfellow 2014. Or hinge, Miyato 2018."""
     if args.loss == "hinge":
         return F.relu(1 - real_logits).mean() + F.relu(1 + fake_logits).mean()
     real_target = torch.full_like(real_logits, args.real_label)
@@ -175,7 +176,7 @@ def gradient_penalty(netD, real, fake, kind):
         a = torch.rand(len(real), 1, 1, 1, device=real.device)
         x = a * fake + (1 - a) * real
     x = x.detach().requires_grad_()
-    logits = netD.forward(x)  # .forward: never compiled, for it needs second derivatives
+    logits = netD.forward(x)  # which is never compiled: it needs second derivatives
     (grad,) = torch.autograd.grad(logits, x, torch.ones_like(logits), create_graph=True)
     squared = grad.square().sum((1, 2, 3))
     if kind == "interpolate":
@@ -187,7 +188,7 @@ def gradient_penalty(netD, real, fake, kind):
 # ---------------------------------------------------------------------------------------- training
 
 class Replay:
-    """--replay: shows netD some fakes of the last eight steps again (Shrivastava et al. 2017, 2.3)."""
+    """--replay: netD sees some fakes of the last eight steps again (Shrivastava et al. 2017)."""
 
     def __init__(self, share):
         self.share = share
@@ -296,9 +297,9 @@ def train(args):
                 average.lerp_(w, 1 - decay)  # decay * average + (1 - decay) * w
 
 # ---------------------------------------------------------------------------------------- PLUMBING
-# The same lines in gan.py, dcgan.py and acgan.py. They need METHOD, DATASETS, PAPER, add_method_flags,
-# train, and Generator, with its arguments in netG.config: nz, nc and img_size. A net with classes has
-# n_classes, too, and is called as netG(z, labels).
+# The same lines in gan.py, dcgan.py and acgan.py. They need METHOD, DATASETS, PAPER, train,
+# add_method_flags, and Generator, with its arguments in netG.config: nz, nc and img_size. A net
+# with classes has n_classes, too, and is called as netG(z, labels).
 
 import argparse
 import collections
@@ -372,17 +373,19 @@ def make_parser():
 
     group = parser.add_argument_group("run")
     flag = group.add_mutually_exclusive_group().add_argument
-    flag("--recipe", choices=("default", "paper"), default="default", help="paper: nearly its authors'")
+    flag("--recipe", choices=("default", "paper"), default="default",
+         help="paper: nearly what its authors chose")
     flag("--resume", metavar="RUN", help="go on with the run in this folder, or from a checkpoint")
     flag("--sample", metavar="RUN", help="draw pictures, from a run's folder or a checkpoint")
     flag = group.add_argument
-    flag("--epochs", type=number(int, 1), default=250, help="length in passes over the data, not --max_steps")
+    flag("--epochs", type=number(int, 1), default=250,
+         help="length in passes over the data, in place of --max_steps")
     flag("--seed", type=number(int, 0, 2**63 - 1), default=0, help="of training and of latents")
     flag("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps")
     flag("--precision", choices=("auto", "fp32", "bf16"), default="auto", help="auto: bf16 if fast")
     flag("--compile", action=switch, default=False, help="torch.compile both nets: for long runs")
     flag("--out_dir", help=f"for the run (runs/{METHOD}-DATASET); another run's: -2, ...")
-    flag("--save_interval", type=number(int, 1), metavar="STEPS", help="if none, 50 saves, 100 steps apart or more")
+    flag("--save_interval", type=number(int, 1), metavar="STEPS", help="if none, some 50 saves")
     flag("--keep_every", type=number(int, 1), metavar="EPOCHS", help="keep a checkpoint that often")
     flag("--log_interval", type=number(int, 1), default=50, metavar="STEPS", help="of log.jsonl")
     flag("--tensorboard", action=switch, default=False, help="scalars and grids for TensorBoard")
@@ -426,8 +429,9 @@ def get_args(argv=None):
 # -------------------------------------------------------------------------------------------- data
 
 def find_images(args):
-    """--dataset -> names of its images; open_image(name) -> PIL image; labels (N), -1 for none; names
-    of the classes; a stamp that changes with any image; [(reason, name)] of what is left out."""
+    """--dataset -> names of its images; open_image(name) -> PIL image; labels (N), -1 for none;
+    names of the classes; a stamp that changes with any image; [(reason, name)] of what is left out.
+    """
     if args.dataset == "digits":
         names = range(args.max_images or 20000)
         draw = functools.partial(draw_digit, size=args.img_size)
@@ -436,10 +440,7 @@ def find_images(args):
         pattern = f"{glob.escape(args.data_dir)}/**/img_align_celeba"
         if not glob.glob(pattern, recursive=True):
             download("CelebA", args)
-        found = list_folder(min(glob.glob(pattern, recursive=True)))
-        if len(found[0]) < 202599:
-            print(f"{len(found[0])} of CelebA's 202599 images are there", file=sys.stderr)
-        return found
+        return list_folder(min(glob.glob(pattern, recursive=True)))
     kinds = {"mnist": "MNIST", "fashion_mnist": "FashionMNIST", "cifar10": "CIFAR10"}
     if args.dataset in kinds:
         data = download(kinds[args.dataset], args)
@@ -449,19 +450,22 @@ def find_images(args):
     return list_folder(args.dataset)
 
 def download(kind, args):
-    """torchvision's data set, downloaded if it is not there yet; not by several processes at once."""
+    """torchvision's data set, downloaded if it is not there yet, but not by several processes."""
     from torchvision import datasets  # here and not above: --help need not wait for it
     try:
         return getattr(datasets, kind)(args.data_dir, download=WORLD_SIZE == 1)
     except Exception as e:  # noqa: BLE001  no network, a quota, damaged files: one way out of all
-        fail(f"--dataset {args.dataset}: not in {args.data_dir}, and no download (never under torchrun): "
-             f"put its files there, of celeba the folder img_align_celeba: {e}")
+        fail(f"--dataset {args.dataset}: no download (under torchrun there is none); put its files "
+             f"into {args.data_dir}, of celeba the folder img_align_celeba: {e}")
 
 def list_folder(folder):
     """find_images of a folder, behind links too. The folder that an image lies in is its class."""
     stamps, left_out, entered = {}, [], set()
-    walk = os.walk(folder, onerror=lambda e: left_out.append((e.strerror, e.filename)), followlinks=True)
-    for place, subfolders, files in walk:
+
+    def no_entry(e):
+        left_out.append((e.strerror, e.filename))
+
+    for place, subfolders, files in os.walk(folder, onerror=no_entry, followlinks=True):
         real = os.path.realpath(place)
         if real in entered or "checkpoint.pt" in files:
             why_not = "listed already" if real in entered else "a run's folder"
@@ -477,7 +481,8 @@ def list_folder(folder):
                 stat = path.stat()  # ctime, for after mv another file may have the same mtime
                 stamps[name] = stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns
             else:
-                left_out.append(("no image, by its name" if path.exists() else "a link to nothing", name))
+                why_not = "no image, by its name" if path.exists() else "a link to nothing"
+                left_out.append((why_not, name))
     names = sorted(stamps)
     if not names:
         fail(f"--dataset {folder}: no folder with images; unpack archives; {summary(left_out)}")
@@ -508,7 +513,7 @@ def draw_digit(i, size):
     return img.rotate(rng.uniform(-6, 6), Image.Resampling.BILINEAR, fillcolor=paper)
 
 def to_pixels(img, size, nc):
-    """PIL image -> bytes (size, size, nc): upright, its middle, resized, transparent parts white."""
+    """PIL image -> bytes (size, size, nc): upright, its middle, resized, on white."""
     mode = "L" if nc == 1 else "RGB"
     if img.mode[0] in "IF":
         raise ValueError("with more than 8 bits a channel: convert them")
@@ -526,7 +531,7 @@ def load_data(args, labelled=False):
     chosen = np.arange(len(names))
     if labelled:
         if len(classes) < 2:
-            fail(f"--dataset {args.dataset}: no classes; give a folder with a folder for each class")
+            fail(f"--dataset {args.dataset}: no classes; give one with a folder for each class")
         chosen = chosen[labels >= 0]
         left_out += [("in no class's folder", names[i]) for i in np.flatnonzero(labels < 0)]
     some = np.random.default_rng(0).permutation(len(chosen))[:args.max_images]  # None: all
@@ -552,8 +557,8 @@ def load_data(args, labelled=False):
     return images, torch.from_numpy(labels[readable]), classes
 
 def decode(names, open_image, chosen, args, cache):
-    """Writes the pixels of all images that can be read; then, in JSON, which of the names they are, and
-    why others are left out; then, in 8 bytes, how long the JSON is."""
+    """Writes the pixels of all images that can be read; then, in JSON, which of the names they are,
+    and why others are left out; then, in 8 bytes, how long the JSON is."""
     def read(i):
         try:
             img = open_image(names[i])
@@ -580,8 +585,8 @@ def decode(names, open_image, chosen, args, cache):
 # ---------------------------------------------------------------------------------------- sampling
 
 def latents(seed, n, nz):
-    """The first n latents of a seed: float32 (n, nz) ~ N(0, 1), by Philox and Box-Muller, so that every
-    language can make the same ones. infer_ort.py says how."""
+    """The first n latents of a seed: float32 (n, nz) ~ N(0, 1), by Philox and Box-Muller, so that
+    every language can make the same ones. infer_ort.py says how."""
     words = np.random.Philox(key=seed).random_raw(n * math.ceil(nz / 4) * 4).reshape(n, -1, 2)
     u = ((words >> np.uint64(11)) + 0.5) * 2.0**-53  # two uniform numbers make two normal ones
     r = np.sqrt(-2 * np.log(u[..., 0]))
@@ -655,7 +660,7 @@ def load_checkpoint(path):
             ckpt = torch.load(f, map_location="cpu", weights_only=True)  # which runs no code
             method = ckpt["script"]
         except Exception:  # noqa: BLE001  damaged files make torch raise nearly anything
-            fail(f"{path}: damaged, or no checkpoint of these scripts (export.py takes others' DCGANs)")
+            fail(f"{path}: damaged, or no checkpoint of these scripts (export.py takes others)")
     if method != METHOD:
         fail(f"{path} is of {method}.py")
     return ckpt
@@ -715,7 +720,7 @@ class Run:
         if kind == "cuda" and self.images.nbytes < torch.cuda.mem_get_info()[0] / 2:
             self.images, self.labels = self.images.to(self.device), self.labels.to(self.device)
         torch.manual_seed(args.seed)  # for the nets that train() makes next
-        torch.empty(2**25 - 2**16, dtype=torch.uint8)  # freed at once: glibc then keeps large blocks
+        torch.empty(2**25 - 2**16, dtype=torch.uint8)  # freed: glibc then keeps blocks this large
 
     def agree(self, number, operation):
         """The least or the greatest of the processes' numbers: dist.ReduceOp.MIN or MAX."""
@@ -795,7 +800,7 @@ class Run:
         if args.epochs:
             lengths.append(self.step + (args.epochs * self.epoch_size - self.seen) // self.batch)
         if args.max_steps and args.epochs:  # none was typed
-            # netD knows few images by heart after a while, and pictures get worse again: of n images
+            # Few images netD knows by heart after a while, and pictures get worse again: n images
             # after 250 passes or 250 * sqrt(n) steps, whichever is sooner.
             lengths.append(int(args.epochs * math.sqrt(self.epoch_size)))
         self.total = min(lengths)
@@ -828,11 +833,11 @@ class Run:
         signal.signal(signum, signal.default_int_handler)  # which raises KeyboardInterrupt
 
     def take_folder(self):
-        """Sets out_dir: that of --resume; or a new one, which belongs to who makes samples/ in it."""
+        """Sets out_dir: that of --resume; or a new one, whose owner is who makes samples/ in it."""
         args = self.args
         name = str(Path(args.out_dir or f"runs/{METHOD}-{Path(args.dataset).resolve().name}"))
-        # From a numbered checkpoint on, or into another folder, it is another run.
-        goes_on = args.resume is not None and checkpoint_in(args.resume) == Path(name, "checkpoint.pt")
+        own = Path(name, "checkpoint.pt")  # from a numbered one on, it is another run
+        goes_on = args.resume is not None and checkpoint_in(args.resume) == own
         for suffix in ("", *(f"-{k}" for k in range(2, 1000))):
             self.out_dir = Path(name + suffix)
             try:
@@ -858,8 +863,8 @@ class Run:
               f"{WORLD_SIZE} x {self.device}, {self.total} steps -> {self.out_dir}", flush=True)
 
     def next_batch(self):
-        """The order comes from (seed, epoch), all other randomness from (seed, step, rank): a resume
-        needs no random state."""
+        """The order comes from (seed, epoch), all other randomness from (seed, step, rank): a
+        resume needs no random state."""
         args, device = self.args, self.device
         epoch, start = divmod(self.seen, self.epoch_size)
         if start == 0 or not hasattr(self, "order"):
@@ -965,7 +970,7 @@ def keep_going(stream):
     return stream
 
 def main():
-    """The command line. One line for what the user can mend, as a full disk; a bug has its traceback."""
+    """What the user can mend, a full disk say, is one line; a bug keeps its traceback."""
     sys.stdout, sys.stderr = keep_going(sys.stdout), keep_going(sys.stderr)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # or unfinished files would stay
     try:

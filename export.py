@@ -53,7 +53,6 @@ def get_args(argv=None):
     add("--precision", choices=LEAST_PSNR, default="fp32", help="fp16: for GPUs, int8: for CPUs (fp32)")
     add("--uint8", action="store_true", help="the graph ends in pixels, uint8 (N, H, W, nc)")
     add("--opset", type=int, default=18, help="ONNX operator set, 18 or more (18)")
-    add("--no-verify", dest="verify", action="store_false", help="do not compare with PyTorch")
     args = p.parse_args(argv)
     args.checkpoint = dcgan.checkpoint_in(args.checkpoint)
     if args.out is None:
@@ -325,7 +324,7 @@ def export(args):
     with dcgan.new_file(Path(args.out)) as f:
         f.write(model.SerializeToString())
         f.flush()
-        result = compare(netG, f.name, args) if args.verify else "not compared with PyTorch"
+        result = compare(netG, f.name, args)
     print(f"{args.out}: {os.path.getsize(args.out) / 1e6:.2f} MB, {args.precision}, {result}")
     print(f"next: python infer_ort.py {shlex.quote(args.out)}")
 

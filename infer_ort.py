@@ -234,12 +234,12 @@ def write_array(path, batches, n):
                 np.lib.format.write_array_header_1_0(f, header)
             f.write(np.ascontiguousarray(images))
 
-def batches_of(gen, args, choice, n):
-    """Yields the n pictures from args.start on, uint8 (k, H, W, C); with --interpolate n of each frame."""
+def batches_of(gen, args, choice, start, n):
+    """Yields the n pictures from `start` on, uint8 (k, H, W, C); with --interpolate n of each frame."""
     from tqdm import tqdm
 
     frames = args.interpolate or 1
-    numbers = np.tile(np.arange(args.start, args.start + n), frames)
+    numbers = np.tile(np.arange(start, start + n), frames)
     if args.interpolate:
         walks = walk(args.seed, n, gen.nz, frames).reshape(-1, gen.nz)
     for i in tqdm(range(0, len(numbers), gen.batch_size), unit="batch", delay=2):
@@ -265,22 +265,22 @@ def generate(args):
     n = args.n_samples or (64 if choice is None else 10 * len(choice))
     rank, world = int(os.getenv("RANK", "0")), int(os.getenv("WORLD_SIZE", "1"))
     first, end = n * rank // world, n * (rank + 1) // world
-    n = end - first
-    args.start += first
+    start, n = args.start + first, end - first
     out = Path(args.out)
     if world > 1 and args.suffix:  # a file for each process; in a folder numbers tell pictures apart
         out = out.with_stem(f"{out.stem}_{rank}")
 
-    batches = batches_of(gen, args, choice, n)
+    batches = batches_of(gen, args, choice, start, n)
     if args.suffix == "":
-        write_folder(out, batches, args.start)
+        write_folder(out, batches, start)
         others = len(list(out.glob("*.png"))) - n
         if others and world == 1:
             print(f"{out}: {others} other PNG files lie there, too", file=sys.stderr)
     elif args.suffix == ".npy":
         write_array(out, batches, n)
         if choice is not None:
-            np.save(out.with_stem(f"{out.stem}_labels"), choice[np.arange(args.start, args.start + n) % len(choice)])
+            labels = choice[np.arange(start, start + n) % len(choice)]
+            np.save(out.with_stem(f"{out.stem}_labels"), labels)
     else:
         images = np.concatenate(list(batches))
         columns = math.ceil(math.sqrt(n)) if choice is None else len(choice)

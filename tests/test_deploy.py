@@ -190,16 +190,18 @@ def test_a_grid_is_torchvisions():
 
 def test_processes_take_parts_of_the_range(monkeypatch):
     """As torchrun starts them: a folder is shared, of arrays each has its own; labels beside them."""
+    walk = by_python(model_of("acgan"), "--n_samples 11 --walk_dim 3")
     whole = by_python(model_of("acgan"), "--n_samples 11")
     np.testing.assert_array_equal(np.load("python_labels.npy"), np.arange(11) % 10)
     monkeypatch.setenv("WORLD_SIZE", "3")
     for rank in range(3):
         monkeypatch.setenv("RANK", str(rank))
-        for out in ("part.npy", "folder/"):
+        for out in ("part.npy", "folder/", "walk/ --walk_dim 3"):
             main("infer_ort", model_of("acgan"), "--n_samples 11 --provider cpu --out", out)
     parts = [np.load(f"part_{rank}.npy") for rank in range(3)]
     assert psnr(np.concatenate(parts), whole) > 60
-    assert psnr(np.stack([pixels(f"folder/{i:06d}.png") for i in range(11)]), whole) > 60
+    for folder, want in (("folder", whole), ("walk", walk)):
+        assert psnr(np.stack([pixels(f"{folder}/{i:06d}.png") for i in range(11)]), want) > 60
 
 def test_runs_without_torch_and_measures(capfd):
     code = f"import sys; sys.modules.update(torch=None, onnx=None); import infer_ort as i; sys.argv = ['', {model_of('gan')!r}]; i.main()"

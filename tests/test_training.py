@@ -176,7 +176,7 @@ def test_help_shows_the_defaults_of_the_data_set(capfd):
     for flags, size in (("", 32), ("--dataset celeba", 64)):
         with pytest.raises(SystemExit):
             main("dcgan", flags, "--help")
-        assert f"height and width (default: {size})" in capfd.readouterr().out
+        assert f"height, width (default: {size})" in capfd.readouterr().out
 
 def test_ema(script, watch):
     """netG_ema is the average by hand, BatchNorm's statistics included, whose decay is shorter at first."""
