@@ -16,8 +16,7 @@ The default is not the paper's. netD's class head has 2n outputs for n classes (
 2022): for netD a real image of class k is k, a fake one n + k; netG raises k and lowers n + k. With
 n outputs, as in the paper, the pictures of a class become too much alike. The gradient penalty (R1)
 has three times dcgan.py's weight, and with 2n outputs is on the class head, too. The rest is as in
-dcgan.py. MNIST takes 8 minutes on one core of an AMD EPYC that has bfloat16 instructions, 23 on one
-that has not (benchmarks/RESULTS.md).
+dcgan.py. MNIST takes 8 minutes on one core of an AMD EPYC with bfloat16 instructions, 23 without.
 
 Left out: dcgan.py's --init, --sn, --loss, --gp, --replay, --optim_g, --optim_d, --lr_step.
 """
@@ -29,7 +28,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-METHOD = "acgan"  # kept in checkpoints; a copy of this file for another method needs its own
+METHOD = "acgan"  # kept in checkpoints: those of another method are refused
 
 # ------------------------------------------------------------------------------------------- flags
 
@@ -48,33 +47,33 @@ PAPER = {
 }
 
 def add_method_flags(group):
-    # number(int, 1) takes an int from 1 on, number(float, 0, 1) a float from 0 to 1.
-    flag = group.add_argument
+    # number(int, 1) is an int from 1 on, number(float, 0, 1) a float from 0 to 1.
+    flag, below_1 = group.add_argument, number(float, 0, 0.999999)
     flag("--img_size", type=int, choices=(16, 32, 64, 128, 256), default=64, help="height, width")
     flag("--nz", type=number(int, 1), default=100, help="size of the latent vector")
     flag("--ngf", type=number(int, 1), default=64, help="channels of netG's last hidden layer")
     flag("--ndf", type=number(int, 1), default=32, help="channels of netD's first layer")
     flag("--batch_size", type=number(int, 2), default=32, help="images per process and step")
     flag("--max_steps", type=number(int, 1), default=24000,
-         help="length of a run in netD's steps; few images end it before (Run.plan)")
+         help="length of a run in netD's steps; on few images it is shorter")
     flag("--lr_g", type=number(float, 0), default=2e-3, help="learning rate of netG")
     flag("--lr_d", type=number(float, 0), default=1e-3, help="learning rate of netD")
     flag("--lr_decay", choices=("none", "linear"), default="linear",
          help="of both rates; linear: to 0 in the second half of --max_steps")
-    flag("--beta1", type=number(float, 0, 0.999999), default=0.5, help="Adam's, of the mean")
-    flag("--beta2", type=number(float, 0, 0.999999), default=0.999, help="Adam's, of the square")
+    flag("--beta1", type=below_1, default=0.5, help="Adam's decay of the gradient's mean")
+    flag("--beta2", type=below_1, default=0.999, help="Adam's decay of its square")
     flag("--aux", choices=("adc", "acgan"), default="adc", help="class head: 2n or n outputs")
     flag("--aux_g", type=number(float, 0), default=1.0, help="weight of netG's class loss")
     flag("--gp_weight", type=number(float, 0), default=0.9, help="weight of the penalty; 0: none")
     flag("--gp_every", type=number(int, 1), default=4, metavar="N",
          help="penalty in every N-th step, N times as heavy")
-    flag("--ema", type=number(float, 0, 0.999999), default=0.999,
+    flag("--ema", type=below_1, default=0.999,
          help="decay of netG's average, which draws the samples; 0: no average")
 
     # Tricks that articles teach: none is on by default, and none needed to read on.
     flag("--real_label", type=number(float, 0, 1), default=1.0, help="0.9: smoothed")
     flag("--fake_label", type=number(float, 0, 1), default=0.0, help="target for fake")
-    flag("--dropout", type=number(float, 0, 0.999999), default=0.0, help="probability in netD")
+    flag("--dropout", type=below_1, default=0.0, help="dropout probability in netD")
     flag("--d_steps", type=number(int, 1), default=1, help="steps of netD for one of netG")
     flag("--pretrain_d", type=number(int, 0), default=0, metavar="STEPS",
          help="train netD alone first, on pictures of the untrained netG")
@@ -172,13 +171,13 @@ def accuracy(class_logits, labels, n):
 
 def gradient_penalty(netD, real, labels, fake_offset):
     """R1, how steep netD's score is at real images: |grad|^2 / 2 (Mescheder et al. 2018, eq. 9),
-    here also divided by nc, so that one --gp_weight suits grey and RGB.
+    here also divided by nc, by which one --gp_weight suits grey and RGB (measured).
 
     The score is the logit. With adc, for an image of class k with class logits c, it is
     logit + c[k] - c[n + k], that is logit + log P(k) - log P(n + k).
     """
     x = real.detach().requires_grad_()
-    score, class_logits = netD.forward(x)  # which is never compiled: second derivatives
+    score, class_logits = netD.forward(x)  # around --compile: it has no second derivatives
     if fake_offset > 0:  # adc
         rows = torch.arange(len(x), device=x.device)
         real_k = class_logits[rows, labels]
@@ -197,7 +196,8 @@ def train(args):
     #   run.done            the share of --max_steps that is done
     #   run.autocast()      bfloat16 where it is fast, else float32
     #   run.log({...})      tensors, whose means go to the next row of the log
-    #   run.parallel(net)   net; or, under torchrun, net that averages gradients (DDP)
+    #   run.parallel(net)   net itself; under torchrun net in DDP, which averages gradients
+    #   run.steps(...)      batches, until the run is done; in between it logs, draws and saves
     run = Run(args, labelled=True)  # only images that have a class
     n = len(run.classes)
     fake_offset = n if args.aux == "adc" else 0  # netD's target for fake k: k + fake_offset
@@ -214,11 +214,11 @@ def train(args):
     optD = torch.optim.Adam(netD.parameters(), args.lr_d, betas, fused=True)
     ddpG, ddpD = run.parallel(netG), run.parallel(netD)
 
-    # run.steps hands out batches, images (N, nc, H, W) in [-1, 1] and labels (N), until the run is
-    # done. In between it logs, draws and saves what it is given here, which --resume restores.
+    # step counts from 0, after --resume from where the run stopped; real (N, nc, H, W) in [-1, 1];
+    # labels (N). Checkpoints keep what is given here, by name; netG_ema draws the pictures.
     for step, real, labels in run.steps(netG=netG, netD=netD, netG_ema=netG_ema, optG=optG, optD=optD):
         factor = 1
-        if args.lr_decay == "linear":  # 1 in the first half, then a line to 0
+        if args.lr_decay == "linear":  # 1 in the first half, then a line to 0 at --max_steps
             factor = min(1, 2 - 2 * run.done)
         optG.param_groups[0]["lr"] = factor * args.lr_g
         optD.param_groups[0]["lr"] = factor * args.lr_d
@@ -245,7 +245,7 @@ def train(args):
         class_loss = class_loss + F.cross_entropy(fake_class, labels + fake_offset)
         loss_d = loss_d + class_loss
         if args.gp_weight > 0 and step % args.gp_every == 0:  # "lazy": StyleGAN2, appendix B
-            # netD, not ddpD: DDP takes one forward for each backward(), which averages this, too.
+            # netD, not ddpD, which cannot do torch.autograd.grad; it averages these gradients, too.
             penalty = gradient_penalty(netD, real, labels, fake_offset)
             loss_d = loss_d + args.gp_every * args.gp_weight * penalty
         optD.zero_grad()
@@ -257,7 +257,7 @@ def train(args):
         # G step: make the same fakes pass for real, and be seen as their class. Only netG learns.
         netD.requires_grad_(False)
         with run.autocast():
-            fake_logits, fake_class = netD(fake)  # ddpD would wait for gradients of netD's weights
+            fake_logits, fake_class = netD(fake)  # not ddpD: netD's weights get no gradients here
         class_loss_g = g_class_loss(fake_class.float(), labels, fake_offset)
         loss_g = g_loss(fake_logits.float()) + args.aux_g * class_loss_g
         run.log({"loss_g": loss_g})  # with the class loss; with adc it can be negative
@@ -266,7 +266,8 @@ def train(args):
         optG.step()
         netD.requires_grad_(True)
 
-        # The moving average, of BatchNorm's statistics, too. Low at first, decay forgets the start.
+        # The moving average of netG and of its BatchNorm's statistics. Its decay is low at first,
+        # so that it soon forgets the untrained net.
         decay = min(args.ema, (1 + step) / (10 + step))
         for average, w in zip(netG_ema.state_dict().values(), netG.state_dict().values()):
             if w.is_floating_point():  # all but BatchNorm's counts of batches
@@ -378,6 +379,7 @@ def get_args(argv=None):
     argv = sys.argv[1:] if argv is None else argv
     typed = {word.split("=")[0] for word in argv if word.startswith("--")}
     parser = make_parser()
+    # Parsed twice: first for --dataset, --recipe and --resume, which change defaults.
     args = parser.parse_args([word for word in argv if word not in ("-h", "--help")])
     values = DATASETS.get(args.dataset, {}) | (PAPER if args.recipe == "paper" else {})
     if not values.keys() <= vars(args).keys():
@@ -393,10 +395,12 @@ def get_args(argv=None):
     parser.set_defaults(**values)
     args = parser.parse_args(argv)
 
-    useless, when = typed & {"--n_samples", "--out", "--labels", "--walk_dim"}, "without --sample"
-    if args.sample is not None:
-        useless, when = typed - useless - {"--sample", "--seed", "--device"}, "with --sample"
-    elif {"--max_steps", "--epochs"} <= typed:
+    of_sampling = {"--n_samples", "--out", "--labels", "--walk_dim"}
+    if args.sample is None:
+        useless, when = typed & of_sampling, "without --sample"
+    else:
+        useless, when = typed - of_sampling - {"--sample", "--seed", "--device"}, "with --sample"
+    if {"--max_steps", "--epochs"} <= typed:
         useless, when = {"--max_steps"}, "with --epochs: type one of them"
     if useless:
         parser.error(f"{min(useless)} does nothing {when}")
@@ -769,17 +773,15 @@ class Run:
 
     def plan(self):
         """How long the run is, how often it saves, and what its grids show."""
-        args = self.args
-        lengths = []
-        if args.max_steps:
-            lengths.append(args.max_steps)
-        if args.epochs:
-            lengths.append(self.step + (args.epochs * self.epoch_size - self.seen) // self.batch)
-        if args.max_steps and args.epochs:  # none was typed
-            # Few images netD knows by heart after a while, and pictures get worse again: n images
-            # after 250 passes or 250 * sqrt(n) steps, whichever is sooner.
-            lengths.append(int(args.epochs * math.sqrt(self.epoch_size)))
-        self.total = min(lengths)
+        args, n = self.args, self.epoch_size
+        if args.epochs is None:  # --max_steps was typed
+            self.total = args.max_steps
+        else:
+            self.total = self.step + (args.epochs * n - self.seen) // self.batch
+        if args.epochs and args.max_steps:  # neither was typed
+            # netD learns few images by heart, and then pictures get worse again: so 250 passes or
+            # 250 * sqrt(n) steps at most (measured: benchmarks/RESULTS.md).
+            self.total = min(self.total, args.max_steps, int(args.epochs * math.sqrt(n)))
         if self.step >= self.total:
             fail(f"--resume: its {self.step} steps are done; give more --max_steps or --epochs")
         self.interval = args.save_interval or max(100, self.total // 50)

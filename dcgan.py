@@ -12,9 +12,9 @@ game: netD learns to tell real pictures from netG's, netG to make those that net
 
 The default is not the paper's: netD has a gradient penalty (R1), samples come from a moving average
 of netG (EMA), nets and batches are smaller, and the learning rates are 10 times (netG) and 5 times
-(netD) the paper's and fall to 0 in the second half of --max_steps. (Few images end a run before.)
-64x64 faces (UTKFace) take 122 minutes on one core of an AMD EPYC that has bfloat16 instructions,
-MNIST takes 7; without them 20 (benchmarks/RESULTS.md).
+(netD) the paper's and fall to 0 in the second half of --max_steps. (On fewer than 9,000 images a
+run ends sooner.) A folder of 64x64 faces (UTKFace) takes 122 minutes on one core of an AMD EPYC
+with bfloat16 instructions; MNIST takes 7, and without them 20.
 """
 
 import copy
@@ -25,7 +25,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.nn.utils.parametrizations import spectral_norm
 
-METHOD = "dcgan"  # kept in checkpoints; a copy of this file for another method needs its own
+METHOD = "dcgan"  # kept in checkpoints: those of another method are refused
 
 # ------------------------------------------------------------------------------------------- flags
 
@@ -44,26 +44,26 @@ PAPER = {
 }
 
 def add_method_flags(group):
-    # number(int, 1) takes an int from 1 on, number(float, 0, 1) a float from 0 to 1.
-    flag = group.add_argument
+    # number(int, 1) is an int from 1 on, number(float, 0, 1) a float from 0 to 1.
+    flag, below_1 = group.add_argument, number(float, 0, 0.999999)
     flag("--img_size", type=int, choices=(16, 32, 64, 128, 256), default=64, help="height, width")
     flag("--nz", type=number(int, 1), default=100, help="size of the latent vector")
     flag("--ngf", type=number(int, 1), default=64, help="channels of netG's last hidden layer")
     flag("--ndf", type=number(int, 1), default=32, help="channels of netD's first layer")
     flag("--batch_size", type=number(int, 2), default=32, help="images per process and step")
     flag("--max_steps", type=number(int, 1), default=24000,
-         help="length of a run in netD's steps; few images end it before (Run.plan)")
+         help="length of a run in netD's steps; on few images it is shorter")
     flag("--lr_g", type=number(float, 0), default=2e-3, help="learning rate of netG")
     flag("--lr_d", type=number(float, 0), default=1e-3, help="learning rate of netD")
     flag("--lr_decay", choices=("none", "linear", "step"), default="linear",
          help="of both rates; linear: to 0 in the second half of --max_steps")
-    flag("--beta1", type=number(float, 0, 0.999999), default=0.5, help="Adam's, of the mean")
-    flag("--beta2", type=number(float, 0, 0.999999), default=0.999, help="Adam's, of the square")
+    flag("--beta1", type=below_1, default=0.5, help="Adam's decay of the gradient's mean")
+    flag("--beta2", type=below_1, default=0.999, help="Adam's decay of its square")
     flag("--gp", choices=("none", "r1", "interpolate"), default="r1", help="gradient penalty")
     flag("--gp_weight", type=number(float, 0), default=0.3, help="for interpolate its paper has 10")
     flag("--gp_every", type=number(int, 1), default=4, metavar="N",
          help="penalty in every N-th step, N times as heavy")
-    flag("--ema", type=number(float, 0, 0.999999), default=0.999,
+    flag("--ema", type=below_1, default=0.999,
          help="decay of netG's average, which draws the samples; 0: no average")
 
     # Tricks that articles teach: none is on by default, and none needed to read on.
@@ -71,7 +71,7 @@ def add_method_flags(group):
     flag("--real_label", type=number(float, 0, 1), default=1.0, help="0.9: smoothed (bce)")
     flag("--fake_label", type=number(float, 0, 1), default=0.0, help="0.1: smoothed (bce)")
     flag("--sn", action="store_true", help="spectral norm in netD, in place of BatchNorm")
-    flag("--dropout", type=number(float, 0, 0.999999), default=0.0, help="probability in netD")
+    flag("--dropout", type=below_1, default=0.0, help="dropout probability in netD")
     flag("--init", choices=("dcgan", "he", "xavier"), default="dcgan", help="dcgan: N(0, 0.02)")
     flag("--optim_g", choices=("adam", "rmsprop"), default="adam", help="optimizer of netG")
     flag("--optim_d", choices=("adam", "rmsprop"), default="adam", help="optimizer of netD")
@@ -169,14 +169,15 @@ def g_loss(fake_logits, args):
 
 def gradient_penalty(netD, real, fake, kind):
     """How steep netD is. r1: |grad|^2 / 2 at real images (Mescheder et al. 2018, eq. 9), here also
-    divided by nc, so that one --gp_weight suits grey and RGB. interpolate: (|grad| - 1)^2 between
-    real and fake (Gulrajani et al. 2017, eq. 3, WGAN-GP, where netD has no BatchNorm)."""
+    divided by nc, by which one --gp_weight suits grey and RGB (measured). interpolate:
+    (|grad| - 1)^2 between real and fake (Gulrajani et al. 2017, eq. 3: WGAN-GP, whose netD has no
+    BatchNorm). With BatchNorm a picture's gradient also depends, a little, on its batch."""
     x = real
     if kind == "interpolate":
         a = torch.rand(len(real), 1, 1, 1, device=real.device)
         x = a * fake + (1 - a) * real
     x = x.detach().requires_grad_()
-    logits = netD.forward(x)  # which is never compiled: it needs second derivatives
+    logits = netD.forward(x)  # .forward goes around --compile, which has no second derivatives
     (grad,) = torch.autograd.grad(logits, x, torch.ones_like(logits), create_graph=True)
     squared = grad.square().sum((1, 2, 3))
     if kind == "interpolate":
@@ -219,7 +220,7 @@ def make_optimizer(name, net, lr, args):
 
 def lr_factor(args, run):
     """The factor on both learning rates, by --lr_decay."""
-    if args.lr_decay == "linear":  # 1 in the first half, then a line to 0
+    if args.lr_decay == "linear":  # 1 in the first half, then a line to 0 at --max_steps
         return min(1, 2 - 2 * run.done)
     if args.lr_decay == "step":
         return 0.5 ** (run.epoch // args.lr_step)
@@ -231,7 +232,8 @@ def train(args):
     #   run.epoch           how often the data was seen, with a fraction
     #   run.autocast()      bfloat16 where it is fast, else float32
     #   run.log({...})      tensors, whose means go to the next row of the log
-    #   run.parallel(net)   net; or, under torchrun, net that averages gradients (DDP)
+    #   run.parallel(net)   net itself; under torchrun net in DDP, which averages gradients
+    #   run.steps(...)      batches, until the run is done; in between it logs, draws and saves
     run = Run(args)
     netG = Generator(args.nz, args.ngf, args.nc, args.img_size)
     netD = Discriminator(args.nc, args.ndf, args.img_size, args.sn, args.dropout)
@@ -249,8 +251,8 @@ def train(args):
     replay = Replay(args.replay)
     ddpG, ddpD = run.parallel(netG), run.parallel(netD)
 
-    # run.steps hands out batches, images (N, nc, H, W) in [-1, 1] and labels (N), until the run is
-    # done. In between it logs, draws and saves what it is given here, which --resume restores.
+    # step counts from 0, after --resume from where the run stopped; real (N, nc, H, W) in [-1, 1];
+    # labels (N), unused. Checkpoints keep what is given here, by name; netG_ema draws the pictures.
     for step, real, _ in run.steps(netG=netG, netD=netD, netG_ema=netG_ema, optG=optG, optD=optD,
                                    replay=replay):
         factor = lr_factor(args, run)
@@ -267,10 +269,10 @@ def train(args):
             real_logits = ddpD(real).float()
             fake_logits = ddpD(replay(fake.detach())).float()
         loss_d = d_loss(real_logits, fake_logits, args)
-        # D(x) is a probability with bce. The log has loss_d without the penalty.
+        # D = sigmoid(netD), with bce. The log has loss_d without the penalty.
         run.log({"loss_d": loss_d, "D(x)": real_logits.sigmoid(), "D(G(z))": fake_logits.sigmoid()})
         if args.gp != "none" and step % args.gp_every == 0:  # "lazy": StyleGAN2, appendix B
-            # netD, not ddpD: DDP takes one forward for each backward(), which averages this, too.
+            # netD, not ddpD, which cannot do torch.autograd.grad; it averages these gradients, too.
             penalty = gradient_penalty(netD, real, fake, args.gp)
             loss_d = loss_d + args.gp_every * args.gp_weight * penalty
         optD.zero_grad()
@@ -282,7 +284,7 @@ def train(args):
         # G step: make the same fakes pass for real. Only netG learns.
         netD.requires_grad_(False)
         with run.autocast():
-            fake_logits = netD(fake).float()  # ddpD would wait for gradients of netD's weights
+            fake_logits = netD(fake).float()  # not ddpD: netD's weights get no gradients here
         loss_g = g_loss(fake_logits, args)
         run.log({"loss_g": loss_g})
         optG.zero_grad()
@@ -290,7 +292,8 @@ def train(args):
         optG.step()
         netD.requires_grad_(True)
 
-        # The moving average, of BatchNorm's statistics, too. Low at first, decay forgets the start.
+        # The moving average of netG and of its BatchNorm's statistics. Its decay is low at first,
+        # so that it soon forgets the untrained net.
         decay = min(args.ema, (1 + step) / (10 + step))
         for average, w in zip(netG_ema.state_dict().values(), netG.state_dict().values()):
             if w.is_floating_point():  # all but BatchNorm's counts of batches
@@ -402,6 +405,7 @@ def get_args(argv=None):
     argv = sys.argv[1:] if argv is None else argv
     typed = {word.split("=")[0] for word in argv if word.startswith("--")}
     parser = make_parser()
+    # Parsed twice: first for --dataset, --recipe and --resume, which change defaults.
     args = parser.parse_args([word for word in argv if word not in ("-h", "--help")])
     values = DATASETS.get(args.dataset, {}) | (PAPER if args.recipe == "paper" else {})
     if not values.keys() <= vars(args).keys():
@@ -417,10 +421,12 @@ def get_args(argv=None):
     parser.set_defaults(**values)
     args = parser.parse_args(argv)
 
-    useless, when = typed & {"--n_samples", "--out", "--labels", "--walk_dim"}, "without --sample"
-    if args.sample is not None:
-        useless, when = typed - useless - {"--sample", "--seed", "--device"}, "with --sample"
-    elif {"--max_steps", "--epochs"} <= typed:
+    of_sampling = {"--n_samples", "--out", "--labels", "--walk_dim"}
+    if args.sample is None:
+        useless, when = typed & of_sampling, "without --sample"
+    else:
+        useless, when = typed - of_sampling - {"--sample", "--seed", "--device"}, "with --sample"
+    if {"--max_steps", "--epochs"} <= typed:
         useless, when = {"--max_steps"}, "with --epochs: type one of them"
     if useless:
         parser.error(f"{min(useless)} does nothing {when}")
@@ -793,17 +799,15 @@ class Run:
 
     def plan(self):
         """How long the run is, how often it saves, and what its grids show."""
-        args = self.args
-        lengths = []
-        if args.max_steps:
-            lengths.append(args.max_steps)
-        if args.epochs:
-            lengths.append(self.step + (args.epochs * self.epoch_size - self.seen) // self.batch)
-        if args.max_steps and args.epochs:  # none was typed
-            # Few images netD knows by heart after a while, and pictures get worse again: n images
-            # after 250 passes or 250 * sqrt(n) steps, whichever is sooner.
-            lengths.append(int(args.epochs * math.sqrt(self.epoch_size)))
-        self.total = min(lengths)
+        args, n = self.args, self.epoch_size
+        if args.epochs is None:  # --max_steps was typed
+            self.total = args.max_steps
+        else:
+            self.total = self.step + (args.epochs * n - self.seen) // self.batch
+        if args.epochs and args.max_steps:  # neither was typed
+            # netD learns few images by heart, and then pictures get worse again: so 250 passes or
+            # 250 * sqrt(n) steps at most (measured: benchmarks/RESULTS.md).
+            self.total = min(self.total, args.max_steps, int(args.epochs * math.sqrt(n)))
         if self.step >= self.total:
             fail(f"--resume: its {self.step} steps are done; give more --max_steps or --epochs")
         self.interval = args.save_interval or max(100, self.total // 50)

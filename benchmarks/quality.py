@@ -17,7 +17,7 @@ strokes, not places. Its 128 penultimate features are compared, pictures against
 - confidence: mean probability of the class found.
 - asked: share of pictures that show the class that was asked for.
 
-With --inception FID and KID in Inception's features, which torchmetrics downloads. Data without a test
+With --inception FID and KID in Inception's features (pip install torch-fidelity). Data without a test
 split, a folder, loses a fixed tenth of its images, at most 10,000, to one; the generator has learnt from
 these, too.
 """
@@ -255,7 +255,7 @@ def main():
     """Prints the table, in Markdown. What the user can mend is one line."""
     try:
         table = measure(get_args())
-    except (OSError, ValueError) as e:  # files that are no pictures, or not these
+    except (OSError, ValueError, ImportError) as e:  # files that are no pictures, or not these
         sys.exit(f"quality.py: error: {' '.join(str(e).split())}")
     columns = list(dict.fromkeys(column for row in table.values() for column in row))
     print("| | " + " | ".join(columns) + " |\n|" + "---|" * (len(columns) + 1))

@@ -1,12 +1,11 @@
-"""Draws flowers of five kinds into a .zip, for a model that may be given away: no photograph is used.
+"""Draws flowers of five kinds, for a model that may be given away: no photograph is used.
 
-    python deploy/models/draw_flowers.py flowers.zip    # 10,000 pictures, 64x64, a folder a kind
+    python deploy/models/draw_flowers.py flowers/    # 10,000 pictures, 64x64, a folder for each kind
 """
 
 import argparse
-import io
 import math
-import zipfile
+from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFilter
@@ -69,15 +68,14 @@ def draw_flower(kind, rng, side=64):
 
 def main():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("out", help="the .zip that is written")
+    p.add_argument("out", type=Path, help="the folder that is written")
     p.add_argument("--n", type=int, default=10000, help="number of pictures")
     args = p.parse_args()
-    with zipfile.ZipFile(args.out, "w") as archive:
-        for i in tqdm(range(args.n)):
-            kind = list(KINDS)[i % len(KINDS)]
-            buffer = io.BytesIO()
-            draw_flower(kind, np.random.default_rng(i)).save(buffer, "png")
-            archive.writestr(f"{kind}/{i:05d}.png", buffer.getvalue())
+    for kind in KINDS:
+        (args.out / kind).mkdir(parents=True)
+    for i in tqdm(range(args.n)):
+        kind = list(KINDS)[i % len(KINDS)]
+        draw_flower(kind, np.random.default_rng(i)).save(args.out / kind / f"{i:05d}.png")
 
 if __name__ == "__main__":
     main()
