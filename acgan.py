@@ -13,10 +13,11 @@ with a second head, names the class. The nets are those of dcgan.py.
 z is multiplied by a learned vector of the class, where the paper appends the class to it.
 
 The default is not the paper's. netD's class head has 2n outputs for n classes (ADC-GAN, Hou et al.
-2022): for netD a real image of class k is k, a fake one n + k; netG raises k and lowers n + k. With
-n outputs, as in the paper, the pictures of a class become too much alike. The gradient penalty (R1)
-has three times dcgan.py's weight, and with 2n outputs is on the class head, too. The rest is as in
-dcgan.py. MNIST takes 8 minutes on one core of an AMD EPYC with bfloat16 instructions, 23 without.
+2022): netD's target for a real image of class k is k, for a fake one n + k; netG raises output k and
+lowers n + k. With n outputs, as in the paper, the pictures of a class became too much alike. The
+gradient penalty (R1) has three times dcgan.py's weight, and with 2n outputs is on the class head,
+too. The rest is as in dcgan.py, also where that is not the paper's. MNIST takes 8 minutes on one
+core of an AMD EPYC with bfloat16 instructions, 21 without.
 
 Left out: dcgan.py's --init, --sn, --loss, --gp, --replay, --optim_g, --optim_d, --lr_step.
 """
@@ -62,7 +63,7 @@ def add_method_flags(group):
          help="of both rates; linear: to 0 in the second half of --max_steps")
     flag("--beta1", type=below_1, default=0.5, help="Adam's decay of the gradient's mean")
     flag("--beta2", type=below_1, default=0.999, help="Adam's decay of its square")
-    flag("--aux", choices=("adc", "acgan"), default="adc", help="class head: 2n or n outputs")
+    flag("--aux", choices=("adc", "acgan"), default="adc", help="2n class outputs, or the paper's n")
     flag("--aux_g", type=number(float, 0), default=1.0, help="weight of netG's class loss")
     flag("--gp_weight", type=number(float, 0), default=0.9, help="weight of the penalty; 0: none")
     flag("--gp_every", type=number(int, 1), default=4, metavar="N",
@@ -72,7 +73,7 @@ def add_method_flags(group):
 
     # Tricks that articles teach: none is on by default, and none needed to read on.
     flag("--real_label", type=number(float, 0, 1), default=1.0, help="0.9: smoothed")
-    flag("--fake_label", type=number(float, 0, 1), default=0.0, help="target for fake")
+    flag("--fake_label", type=number(float, 0, 1), default=0.0, help="0.1: smoothed")
     flag("--dropout", type=below_1, default=0.0, help="dropout probability in netD")
     flag("--d_steps", type=number(int, 1), default=1, help="steps of netD for one of netG")
     flag("--pretrain_d", type=number(int, 0), default=0, metavar="STEPS",
@@ -155,7 +156,7 @@ def g_loss(fake_logits):
     return F.binary_cross_entropy_with_logits(fake_logits, torch.ones_like(fake_logits))
 
 def g_class_loss(class_logits, labels, fake_offset):
-    """-log P(k) for fakes of class k: the part of the paper's -L_C that depends on netG.
+    """-log P(k) for fakes of class k, the paper's -L_C; with adc also + log P(n + k).
 
     fake_offset: n with adc, where output n + k means "fake k"; else 0. The loss of adc is
     -log P(k) + log P(n + k), which is c[n + k] - c[k], where c are the class logits.
@@ -173,7 +174,7 @@ def gradient_penalty(netD, real, labels, fake_offset):
     """R1, how steep netD's score is at real images: |grad|^2 / 2 (Mescheder et al. 2018, eq. 9),
     here also divided by nc, by which one --gp_weight suits grey and RGB (measured).
 
-    The score is the logit. With adc, for an image of class k with class logits c, it is
+    The score is what netG raises: the logit; with adc, for class k and class logits c,
     logit + c[k] - c[n + k], that is logit + log P(k) - log P(n + k).
     """
     x = real.detach().requires_grad_()
@@ -236,7 +237,7 @@ def train(args):
         real_logits, real_class = real_logits.float(), real_class.float()
         fake_logits, fake_class = fake_logits.float(), fake_class.float()
         loss_d = d_loss(real_logits, fake_logits, args)
-        # In the log loss_d is as in dcgan.py, without class loss and penalty.
+        # Logged as in dcgan.py, before class loss and penalty are added.
         run.log({"loss_d": loss_d, "D(x)": real_logits.sigmoid(), "D(G(z))": fake_logits.sigmoid()})
         run.log({"acc_real": accuracy(real_class, labels, n)})
         run.log({"acc_fake": accuracy(fake_class, labels, n)})

@@ -139,9 +139,9 @@ def test_exif_turns_a_picture_also_where_other_entries_are_damaged(orientation, 
     exif[0x0112], exif[0x011A] = orientation, TiffImagePlugin.IFDRational(72, 1)  # and XResolution
     data = bytearray(exif.tobytes())
     if damage == "rational":  # the type of XResolution becomes text
-        data[data.index(struct.pack("<H" if b"II" in data else ">H", 0x011A), 6) + 2:][:0] = b""
-        at = data.index(struct.pack("<H" if b"II" in data else ">H", 0x011A), 6)
-        data[at + 2:at + 4] = struct.pack("<H" if b"II" in data else ">H", 2)
+        order = "<H" if b"II" in data else ">H"
+        at = data.index(struct.pack(order, 0x011A), 6)
+        data[at + 2:at + 4] = struct.pack(order, 2)
     if damage == "garbage":
         data = bytearray(b"Exif\0\0nothing of the kind")
     Image.fromarray(np.ascontiguousarray(stored)).save("photos/a.jpg", exif=bytes(data), quality=95)
