@@ -1,5 +1,6 @@
 """--sample shows what was trained; the scripts are copies of one another where they are no method."""
 
+import importlib
 import os
 import re
 import runpy
@@ -73,7 +74,7 @@ def test_the_plumbing_is_the_same_bytes():
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_commands_of_the_readme_and_the_docstring_are_accepted(name, capfd):
     """Every command line parses: none names a flag that is not there."""
-    script = sys.modules[name]
+    script = importlib.import_module(name)
     found = re.findall(rf"^ *(?:\w+=\S+ )?(?:python|torchrun [^\n]*?) ?{name}\.py([^#\n]*)",
                        (ROOT / "README.md").read_text() + script.__doc__, re.MULTILINE)
     assert len(found) >= 6
