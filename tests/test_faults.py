@@ -7,7 +7,6 @@ import contextlib
 import io
 import json
 import os
-import pty
 import shutil
 import signal
 import subprocess
@@ -27,6 +26,8 @@ import gan
 
 pytestmark = POSIX
 slow = pytest.mark.slow
+if hasattr(signal, "SIGHUP"):
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # or under nohup what the tests start would ignore it, too
 
 def said(file=Path("said.txt")):
     return file.read_text(errors="replace") if file.exists() else ""
@@ -101,6 +102,8 @@ def test_nobody_reads_the_output_any_more(output):
     command = f"{sys.executable} {ROOT}/gan.py {' '.join(TINY)} --max_steps 1000000 --out_dir run "
     kwargs = {}
     if output == "a terminal":
+        import pty  # which Windows has not
+
         parent, child = pty.openpty()
         kwargs, output = {"stdin": child, "stdout": child, "stderr": child}, ""
     process = subprocess.Popen(["bash", "-c", f"{command} {output}; exit ${{PIPESTATUS[0]}}"], start_new_session=True, **kwargs)
