@@ -503,7 +503,7 @@ def summary(left_out):
     """[(reason, name)] -> how many files are left out, why, and one of each kind."""
     counts = collections.Counter(reason for reason, name in left_out).most_common(8)
     some = [f"{n} {reason} ({dict(left_out)[reason]})" for reason, n in counts]
-    return f"left out {len(left_out)}: {', '.join(some)}"
+    return f"left out {len(left_out)}: {', '.join(some) or 'nothing'}"
 
 font = functools.cache(ImageFont.load_default)
 
@@ -630,7 +630,7 @@ def sample(args):
     number_of |= {name: k for k, name in enumerate(classes)}  # a name comes before a number
     asked = classes if args.labels is None else [name.strip() for name in args.labels.split(",")]
     if not set(asked) <= number_of.keys():
-        fail(f"--labels {args.labels}: choose from {', '.join(classes) or 'none'}")
+        fail(f"--labels {args.labels}: choose from {', '.join(classes) or 'none: it has no classes'}")
     out = args.out or f"{path.with_suffix('')}_samples.png"
     if Path(out).suffix not in ("", ".png") and not out.endswith("/"):
         fail(f"--out {out}: give a .png file or a folder/")

@@ -73,8 +73,11 @@ def load(path):
         ckpt = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
     except Exception as e:  # damaged files make torch raise nearly anything
         raise InputError(f"{path}: damaged, or more than tensors: save netG.state_dict()") from e
-    if isinstance(ckpt, dict) and ckpt.get("script") in SCRIPTS:
-        netG = SCRIPTS[ckpt["script"]].load_generator(ckpt)
+    script = ckpt.get("script") if isinstance(ckpt, dict) else None
+    if script in SCRIPTS:
+        netG = SCRIPTS[script].load_generator(ckpt)
+    elif script is not None:
+        raise InputError(f"{path} is of {script}.py: add that to SCRIPTS in export.py")
     else:
         netG = find_generator(ckpt)
         ckpt = {"script": "dcgan", "classes": []}

@@ -127,7 +127,7 @@ class Generator:
         try:  # on the CPU first: what fails here is the file's fault, not the GPU's
             self.session = open_session(path, "cpu", threads=threads)
         except Exception as e:  # ONNX Runtime has exceptions without a common name
-            raise InputError(f"{path}: cannot be loaded: {e}") from e
+            raise InputError(f"{path}: no ONNX file of export.py: {e}") from e
         self.meta = self.session.get_modelmeta().custom_metadata_map
         if self.meta.get("format_version") != "1":
             raise InputError(f"{path}: not a file of export.py, which makes one of your checkpoint")
@@ -158,7 +158,8 @@ class Generator:
         numbers |= {name: k for k, name in enumerate(self.classes)}  # a name comes before a number
         asked = self.classes if text is None else [name.strip() for name in text.split(",")]
         if not set(asked) <= set(numbers):
-            raise InputError(f"--labels {text}: choose from {', '.join(self.classes) or 'none'}")
+            wanted = ", ".join(self.classes) or "none: it has no classes"
+            raise InputError(f"--labels {text}: choose from {wanted}")
         return np.array([numbers[name] for name in asked]) if self.n_classes else None
 
     def __call__(self, z, labels=None):

@@ -209,9 +209,9 @@ static Generator open_generator(const Options& o) {
   try {
     if (asked != "cpu" && !spared) gen = Generator(model, gpu, threads);
   } catch (const Ort::Exception& e) {
-    why = "--provider " + gpu + ": " + e.what() + "; needs a GPU, and CUDA in LD_LIBRARY_PATH";
-    if (asked != "auto") throw Error(why + ", or take --provider cpu");
-    why = "; " + why;
+    why = std::string(e.what()) + "; needs a GPU, and CUDA in LD_LIBRARY_PATH";
+    if (asked != "auto") throw Error("--provider " + gpu + ": " + why + ", or take --provider cpu");
+    why = ", no GPU: " + why;
   }
   std::cout << model << ": " << precision << " on " << gen.provider << why << std::endl;
   return gen;

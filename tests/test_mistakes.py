@@ -85,7 +85,7 @@ class Code:
 @pytest.mark.parametrize("program", [*SCRIPTS, "export"])
 def test_files_that_are_no_checkpoints(program, capfd):
     """Cut, of another script, somebody else's, TorchScript, safetensors, with code in it: one line; no code runs."""
-    ckpt = train(gan, "--max_steps 1")
+    ckpt = train(dcgan, "--max_steps 1")
     whole = Path("run/checkpoint.pt").read_bytes()
     contents = {"cut.pt": whole[:len(whole) // 2], "empty.pt": b"", "evil.pkl": pickle.dumps(Code()),
                 "g.safetensors": b"\x10\0\0\0\0\0\0\0{\"a\":{}}        "}
