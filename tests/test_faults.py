@@ -205,7 +205,7 @@ def test_damaged_checkpoints(n):
                 refused += 1
                 renamed += not isinstance(e, SystemExit)
     assert 2 * n == refused + read < 4 * refused
-    assert renamed <= n / 20
+    assert renamed <= n / 10
 
 def strange_image(rng, i):
     """Bytes of a picture of any mode and shape, half of them damaged."""
