@@ -605,7 +605,7 @@ def sample(args):
     number_of |= {name: k for k, name in enumerate(classes)}  # a name comes before a number
     asked = classes if args.labels is None else [name.strip() for name in args.labels.split(",")]
     if not set(asked) <= number_of.keys():
-        fail(f"--labels {args.labels}: choose from {', '.join(classes) or 'none: it has no classes'}")
+        fail(f"--labels {args.labels}: choose from {', '.join(classes) or 'none: no classes'}")
     out = args.out or f"{path.with_suffix('')}_samples.png"
     if Path(out).suffix not in ("", ".png") and not out.endswith("/"):
         fail(f"--out {out}: give a .png file or a folder/")
